@@ -1,0 +1,165 @@
+"""The contract: everything the sites of a run share and agree to, as canonical JSON. Its digest is bound everywhere.
+
+It holds no path, no column name and no true count: those are each site's own. A site compares it with its policy and
+its own digests before the first round, and refuses every round whose M0 names another digest.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from privacy.canonical import canonical, digest, parse
+from privacy.errors import UsageError, nearest
+from privacy.mechanism import DpMechanism
+
+SCHEMA = "consilo.contract/1"
+SUITE = "consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+T = TypeVar("T", bound=BaseModel)
+
+
+class Terms(BaseModel):
+    """Frozen section of a contract or configuration; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelTerms(Terms):
+    weights: Sha256 = Field(description="digest of config and weights of the base model's folder")
+    tokenizer: Sha256
+    task: Literal["classification"] = "classification"
+    pooling: Literal["mean", "cls"] = "mean"
+    scale: float = Field(10.0, gt=0, description="factor on the L2-normalised sentence vector")
+    max_length: int = Field(24, ge=2, le=8192, description="tokens; every record is padded or cut to it")
+
+
+class DataTerms(Terms):
+    name: str = Field(min_length=1, max_length=200)
+    labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
+    floor: int = Field(50, ge=1, description="least number of units of a site, decided at approval")
+
+
+class LoraTerms(Terms):
+    r: int = Field(4, ge=1, le=1024)
+    alpha: float = Field(16.0, gt=0)
+    targets: tuple[str, ...] = Field(("query", "value"), min_length=1)
+    layers: tuple[int, ...] = Field((-1,), min_length=1, description="layer indices; negative ones count from the top")
+    seed: int = Field(0, ge=0, lt=2**32, description="of the shared frozen A")
+
+
+class RuleTerms(Terms):
+    name: str = "ffa"
+    optimizer: str = "fedavgm"
+    server_lr: float = Field(0.2, gt=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    local_lr: float = Field(1.0, gt=0)
+
+
+class PrivacyTerms(Terms):
+    trust: Literal["local", "none"] = "local"
+    unit: str = "record"
+    adjacency: str = "add_remove"
+    sampler: str = "poisson"
+    q: float = Field(0.5, gt=0, le=1)
+    clip: float = Field(5.0, gt=0)
+    epsilon: float | None = Field(8.0, gt=0, description="cap per site for all rounds and retries; null when trust=none")
+    rounds: int = Field(20, ge=1)
+    retries: int = Field(1, ge=0, description="void rounds that the schedule can pay for")
+    local_steps: int = Field(1, ge=1)
+    physical_batch: int = Field(128, ge=1, description="records in memory at a time; does not change the result")
+
+
+class SecAggTerms(Terms):
+    enabled: bool = True
+    suite: Literal["consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"] = SUITE
+    threshold: int = Field(ge=2, description="t of SECURE AGGREGATION: shares needed to unmask")
+    bits: int = Field(24, ge=2, le=31, description="b: values are rounded to (2^(b-1) - 1) / range")
+    ring: Literal[32] = 32
+    range: float = Field(gt=0, description="public bound C on every coordinate of an update")
+
+
+class SiteTerms(Terms):
+    name: Name
+    signer: Sha256 = Field(description="SHA-256 of the DER of the site's Ed25519 certificate")
+    n_decl: int = Field(ge=1, description="declared units, one significant digit")
+    weight: float = Field(1.0, gt=0, le=1, description="relative to w_cap = 1; never a real count")
+    delta: float = Field(gt=0, lt=1)
+    sigma: float = Field(ge=0, description="noise multiplier, calibrated on rounds + retries")
+
+
+class Contract(Terms):
+    schema_version: Literal["consilo.contract/1"] = SCHEMA
+    run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    purpose: str = Field(min_length=1, max_length=500)
+    code_version: str
+    model: ModelTerms
+    data: DataTerms
+    lora: LoraTerms
+    rule: RuleTerms
+    privacy: PrivacyTerms
+    secagg: SecAggTerms
+    sites: tuple[SiteTerms, ...] = Field(min_length=1, max_length=100)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contract:
+        names = [s.name for s in self.sites]
+        if len(set(names)) != len(names) or len({s.signer for s in self.sites}) != len(names):
+            raise ValueError("two sites share a name or a certificate")
+        if (self.privacy.epsilon is None) != (self.privacy.trust == "none"):
+            raise ValueError("epsilon is a number exactly when trust is not 'none'")
+        return self
+
+    @property
+    def digest(self) -> str:
+        """Lowercase hex SHA-256 of the canonical JSON."""
+        return digest(self.model_dump(mode="json"))
+
+    def to_bytes(self) -> bytes:
+        return canonical(self.model_dump(mode="json"))
+
+    def site(self, name: str) -> SiteTerms:
+        for s in self.sites:
+            if s.name == name:
+                return s
+        raise UsageError("contract.no_such_site", f"The contract has no site {name!r}.",
+                         nearest(name, [s.name for s in self.sites]))
+
+    def mechanism(self, name: str) -> DpMechanism:
+        """What one round at that site releases. Raises UsageError `dp.parameter`, `dp.unsupported`."""
+        s, p = self.site(name), self.privacy
+        return DpMechanism(trust=p.trust, unit=p.unit, adjacency=p.adjacency, sampler=p.sampler, q=p.q, clip=p.clip,
+                           sigma=s.sigma, steps=p.local_steps, delta=s.delta, n_decl=s.n_decl)
+
+
+def load_contract(data: bytes) -> Contract:
+    """Parse and validate. Raises UsageError `json.invalid`, `config.unknown_key`, `config.invalid`."""
+    return validate(Contract, parse(data))
+
+
+def validate(model: type[T], value: Any) -> T:
+    """Pydantic validation with the project's errors: an unknown key is named with the nearest known one."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as e:
+        first = e.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            raise UsageError("config.unknown_key", f"Unknown key {where!r}.",
+                             nearest(str(first["loc"][-1]), _keys(model, first["loc"][:-1]))) from e
+        raise UsageError("config.invalid", f"{where or 'The document'}: {first['msg']}.",
+                         "Correct the value; conf/ holds a working example.") from e
+
+
+def _keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Field names of the (nested) model at a validation path."""
+    current: type[BaseModel] = model
+    for part in path:
+        field = current.model_fields.get(str(part))
+        options = [] if field is None else [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if inner is not None:
+            current = inner
+    return list(current.model_fields)
