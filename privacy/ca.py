@@ -1,0 +1,396 @@
+"""The consortium's certificate authority: a folder, kept offline, never on the coordinator.
+
+Guarantees: a certificate is issued only for a key whose holder signed the request; one name belongs to one
+organisation and role, one key to one name; what was issued or revoked is recorded durably before it is handed out.
+
+    keys/               root.key, issuing-<role>.key (0600)
+    root.pem, issuing-<role>.pem, crl-<role>.pem        a trust folder: `TrustStore.load` reads it
+    ca.sha256           fingerprint of the root, to be told to everyone by another way
+    index.json          what was issued and revoked
+    issued/<name>/      tls.pem, sign.pem and trust/, to be copied to the applicant
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import NameOID
+
+from privacy.canonical import canonical, parse
+from privacy.contract import Name, Sha256, Terms, validate
+from privacy.errors import CheckFailed, Refused, UsageError
+from privacy.files import FileLayer, read_file, write_private
+from privacy.identity import (
+    PublicKey,
+    Role,
+    TrustStore,
+    fingerprint,
+    key_pem,
+    load_certificate,
+    load_key,
+    public_key,
+    read_subject,
+    subject,
+)
+from privacy.statements import parse_payload, seal, unseal
+
+ROSTER_TYPE = "application/vnd.consilo.roster+json"
+CRL_DAYS = 30
+BACKDATE = timedelta(minutes=5)  # tolerated clock difference
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_DNS = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
+
+
+@dataclass(frozen=True)
+class IssuedFiles:
+    """What to copy to the applicant: `folder` with tls.pem, sign.pem and trust/."""
+
+    name: str
+    organisation: str
+    role: Role
+    folder: Path
+    tls_fingerprint: str
+    sign_fingerprint: str
+
+
+@dataclass(frozen=True)
+class RosterEntry:
+    name: str
+    organisation: str
+    role: Role
+    tls_fingerprint: str
+    sign_fingerprint: str
+    tls: x509.Certificate
+    sign: x509.Certificate
+
+
+class _Request(Terms):
+    schema_version: Literal["consilo.request/1"]
+    tls: str
+    sign: str
+
+
+class _Record(Terms):
+    """One identity; certificates in PEM."""
+
+    name: Name
+    organisation: str
+    role: Role
+    tls: str
+    sign: str
+    tls_fingerprint: Sha256
+    sign_fingerprint: Sha256
+
+
+class _Issued(_Record):
+    revoked: datetime | None = None
+
+
+class _Index(Terms):
+    schema_version: Literal["consilo.ca-index/1"] = "consilo.ca-index/1"
+    issued: tuple[_Issued, ...] = ()
+
+
+class _Roster(Terms):
+    schema_version: Literal["consilo.roster/1"] = "consilo.roster/1"
+    entries: tuple[_Record, ...]
+
+
+def init(folder: Path, organisation: str, *, days: int = 1825) -> str:
+    """Make the root, one issuing CA per role and empty revocation lists. Returns the root's fingerprint.
+
+    days: validity of all CAs. Raises Refused `ca.exists`, `key.exists`; UsageError `identity.name`, `ca.days`.
+    """
+    subject("ca", organisation)
+    if (folder / "root.pem").exists():
+        raise Refused("ca.exists", "The folder holds a CA already.", "Choose an empty folder.")
+    until = _until(days)
+    (folder / "keys").mkdir(mode=0o700, parents=True, exist_ok=True)
+    layer, root_name, root_key = FileLayer(), _ca_name(organisation), ec.generate_private_key(ec.SECP256R1())
+    root = _ca_builder(root_name, root_key.public_key(), root_name, root_key, until, 1).sign(root_key, hashes.SHA256())
+    write_private(folder / "keys" / "root.key", key_pem(root_key))
+    for role in Role:
+        key = ec.generate_private_key(ec.SECP256R1())
+        cert = _ca_builder(_ca_name(organisation, role), key.public_key(), root_name, root_key, until, 0)
+        write_private(folder / "keys" / f"issuing-{role}.key", key_pem(key))
+        layer.write_atomic(folder / f"issuing-{role}.pem", _pem(cert.sign(root_key, hashes.SHA256())))
+    _save(folder, _Index())
+    refresh_crls(folder)
+    layer.write_atomic(folder / "ca.sha256", f"{fingerprint(root)}\n".encode())
+    layer.write_atomic(folder / "root.pem", _pem(root))
+    return fingerprint(root)
+
+
+def issue(folder: Path, request_json: bytes, role: Role, *, days: int = 365,
+          hosts: Sequence[str] = ()) -> IssuedFiles:
+    """Certify both keys of a request (`identity.create_request`) for a role; again for the same name is a renewal.
+
+    hosts: DNS names and IP addresses of a coordinator, its certificate's SAN. Raises Refused `ca.request` (no proof of
+    possession, two subjects, wrong kinds of key), `ca.name_taken`, `ca.key_reused`, `identity.weak_key`,
+    `identity.untrusted` (a subject that is not one name and one organisation); UsageError `ca.hosts`, `ca.days`,
+    `ca.missing`, `json.invalid`, `config.invalid`.
+    """
+    tls, sign = _read_request(request_json)
+    name, organisation = read_subject(tls.subject)
+    alternatives, until = _alternative_names(role, hosts), _until(days)
+    with _locked(folder):
+        index = _load(folder)
+        _check_owner(index, name, organisation, role, (tls, sign))
+        key, ca = _issuer(folder, role)
+        builder = _leaf_builder(tls, ca, until).add_extension(x509.ExtendedKeyUsage([role.purpose]), critical=False)
+        if alternatives:
+            builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        tls_cert = builder.sign(key, hashes.SHA256())
+        sign_cert = _leaf_builder(sign, ca, until).sign(key, hashes.SHA256())
+        record = _Issued(name=name, organisation=organisation, role=role, tls=_pem(tls_cert).decode(),
+                         sign=_pem(sign_cert).decode(), tls_fingerprint=fingerprint(tls_cert),
+                         sign_fingerprint=fingerprint(sign_cert))
+        _save(folder, _Index(issued=(*index.issued, record)))
+        out = folder / "issued" / name
+        (out / "trust").mkdir(parents=True, exist_ok=True)
+        layer = FileLayer()
+        for source in sorted(folder.glob("*.pem")):
+            layer.write_atomic(out / "trust" / source.name, read_file(source))
+        layer.write_atomic(out / "tls.pem", _pem(tls_cert))
+        layer.write_atomic(out / "sign.pem", _pem(sign_cert))
+    return IssuedFiles(name, organisation, role, out, record.tls_fingerprint, record.sign_fingerprint)
+
+
+def revoke(folder: Path, name: str) -> int:
+    """Revoke every certificate of a name and renew the revocation lists. Returns how many were revoked now.
+
+    Raises UsageError `ca.no_such_name` unless the name holds a certificate that is not revoked yet; `ca.missing`.
+    """
+    with _locked(folder):
+        index = _load(folder)
+        mine = [r for r in index.issued if r.name == name and r.revoked is None]
+        if not mine:
+            raise UsageError("ca.no_such_name", "No certificate to revoke was issued under this name.",
+                             "Look the name up in index.json.")
+        issued = tuple(r.model_copy(update={"revoked": _now()}) if r in mine else r for r in index.issued)
+        _save(folder, _Index(issued=issued))
+        refresh_crls(folder)
+    return 2 * len(mine)
+
+
+def refresh_crls(folder: Path) -> None:
+    """Sign each role's revocation list anew from the index: good for 30 days. Raises UsageError `ca.missing`."""
+    index, now = _load(folder), _now()
+    for role in Role:
+        key, ca = _issuer(folder, role)
+        crl = (x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(now - BACKDATE)
+               .next_update(now + timedelta(days=CRL_DAYS))
+               .add_extension(x509.CRLNumber(int(now.timestamp())), critical=False)
+               .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False))
+        for record in index.issued:
+            if record.role is role and record.revoked is not None:
+                for pem in (record.tls, record.sign):
+                    serial = load_certificate(pem.encode()).serial_number
+                    crl = crl.add_revoked_certificate(x509.RevokedCertificateBuilder().serial_number(serial)
+                                                      .revocation_date(record.revoked).build())
+        signed = crl.sign(key, hashes.SHA256())
+        FileLayer().write_atomic(folder / f"crl-{role}.pem", signed.public_bytes(serialization.Encoding.PEM))
+
+
+def roster(folder: Path) -> bytes:
+    """The current certificates of every name, as a DSSE envelope signed by the sites' issuing CA.
+
+    Revoked and expired ones are left out; of renewed ones the latest counts. Raises UsageError `ca.missing`.
+    """
+    latest = {r.name: r for r in _load(folder).issued
+              if r.revoked is None and load_certificate(r.tls.encode()).not_valid_after_utc > _now()}
+    entries = [latest[name].model_dump(mode="json", exclude={"revoked"}) for name in sorted(latest)]
+    body = _Roster(entries=tuple(_Record.model_validate(e) for e in entries))
+    return seal(_CaSigner(*_issuer(folder, Role.SITE)), ROSTER_TYPE, canonical(body.model_dump(mode="json")))
+
+
+def verify_roster(data: bytes, trust: TrustStore, *, at: datetime | None = None) -> list[RosterEntry]:
+    """The entries that are valid at a time (default: now); those that expired or were revoked since are left out.
+
+    Raises CheckFailed `statement.*` (not signed by the sites' issuing CA), `roster.invalid` (an entry contradicts its
+    certificates, or two share a name or a key); Refused `identity.*` (an entry's certificate fails its check).
+    """
+    ca = trust.issuing.get(Role.SITE)
+    payload, _ = unseal(data, ROSTER_TYPE, {} if ca is None else {fingerprint(ca): ca})
+    entries: list[RosterEntry] = []
+    for record in validate(_Roster, parse_payload(payload)).entries:
+        try:
+            entries.append(_accept(record, trust, at or _now()))
+        except Refused as e:
+            if e.code not in ("identity.expired", "identity.revoked"):
+                raise
+    keys = {_key_id(public_key(c)) for e in entries for c in (e.tls, e.sign)}
+    if len({e.name for e in entries}) != len(entries) or len(keys) != 2 * len(entries):
+        raise _bad_roster("two entries share a name or a key")
+    return entries
+
+
+class _CaSigner:
+    """Signs a roster with an issuing CA's P-256 key; the DSSE type keeps such signatures apart from certificates."""
+
+    def __init__(self, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._key, self.certificate, self.fingerprint = key, certificate, fingerprint(certificate)
+
+    def sign(self, data: bytes) -> bytes:
+        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def _accept(record: _Record, trust: TrustStore, at: datetime) -> RosterEntry:
+    tls, sign = (load_certificate(pem.encode()) for pem in (record.tls, record.sign))
+    peers = trust.check(tls, record.role, usage="tls", at=at), trust.check(sign, record.role, usage="signing", at=at)
+    if (any((p.name, p.organisation) != (record.name, record.organisation) for p in peers)
+            or [p.fingerprint for p in peers] != [record.tls_fingerprint, record.sign_fingerprint]):
+        raise _bad_roster("an entry contradicts its certificates")
+    return RosterEntry(record.name, record.organisation, record.role, record.tls_fingerprint, record.sign_fingerprint,
+                       tls, sign)
+
+
+def _read_request(data: bytes) -> tuple[x509.CertificateSigningRequest, x509.CertificateSigningRequest]:
+    """(tls, sign). Raises Refused `ca.request`, `identity.weak_key`; UsageError `json.invalid`, `config.invalid`."""
+    request = validate(_Request, parse(data, limit=2**16))
+    try:
+        tls, sign = (x509.load_pem_x509_csr(pem.encode()) for pem in (request.tls, request.sign))
+    except ValueError as e:
+        raise _bad_request("it does not hold two PEM signing requests") from e
+    kinds = isinstance(public_key(tls), ec.EllipticCurvePublicKey), isinstance(public_key(sign),
+                                                                               ed25519.Ed25519PublicKey)
+    if not all(kinds):
+        raise _bad_request("its keys are not P-256 for TLS and Ed25519 for signatures")
+    if not (tls.is_signature_valid and sign.is_signature_valid):
+        raise _bad_request("it does not prove that the applicant holds the keys")
+    if tls.subject != sign.subject:
+        raise _bad_request("its two parts have different subjects")
+    return tls, sign
+
+
+def _check_owner(index: _Index, name: str, organisation: str, role: Role,
+                 requests: tuple[x509.CertificateSigningRequest, ...]) -> None:
+    """One name, one organisation and role; one key, one name; no revoked key again."""
+    keys = {_key_id(public_key(r)) for r in requests}
+    for record in index.issued:
+        if record.name == name and (record.organisation, record.role) != (organisation, role):
+            raise Refused("ca.name_taken", "The name belongs to another organisation or role.", "Choose another name.")
+        known = {_key_id(public_key(load_certificate(pem.encode()))) for pem in (record.tls, record.sign)}
+        if keys & known and (record.name != name or record.revoked is not None):
+            raise Refused("ca.key_reused", "A key of the request was certified under another name, or revoked.",
+                          "Make new keys with `fl-client enroll`.")
+
+
+def _alternative_names(role: Role, hosts: Sequence[str]) -> list[x509.GeneralName]:
+    if bool(hosts) != (role is Role.COORDINATOR):
+        raise UsageError("ca.hosts", "Host names belong to a coordinator, and a coordinator needs one.",
+                         "Give --host for the role coordinator only.")
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError as e:
+            if not _DNS.fullmatch(host):
+                raise UsageError("ca.hosts", "A host is neither a lower-case DNS name nor an IP address.",
+                                 "Give a host such as fl.example.org or 192.0.2.7.") from e
+            names.append(x509.DNSName(host))
+    return names
+
+
+def _leaf_builder(request: x509.CertificateSigningRequest, ca: x509.Certificate,
+                  until: datetime) -> x509.CertificateBuilder:
+    key = public_key(request)
+    return (_builder(request.subject, key, ca.subject, public_key(ca), min(until, ca.not_valid_after_utc))
+            .add_extension(x509.BasicConstraints(False, None), critical=True)
+            .add_extension(_key_usage(ca=False), critical=True))
+
+
+def _ca_builder(name: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name,
+                issuer_key: ec.EllipticCurvePrivateKey, until: datetime, path_length: int) -> x509.CertificateBuilder:
+    return (_builder(name, key, issuer, issuer_key.public_key(), until)
+            .add_extension(x509.BasicConstraints(True, path_length), critical=True)
+            .add_extension(_key_usage(ca=True), critical=True))
+
+
+def _builder(name: x509.Name, key: PublicKey, issuer: x509.Name, issuer_key: PublicKey,
+             until: datetime) -> x509.CertificateBuilder:
+    return (x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(key)
+            .serial_number(x509.random_serial_number()).not_valid_before(_now() - BACKDATE).not_valid_after(until)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False))
+
+
+def _key_usage(*, ca: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(digital_signature=True, content_commitment=False, key_encipherment=False,
+                         data_encipherment=False, key_agreement=False, key_cert_sign=ca, crl_sign=ca,
+                         encipher_only=False, decipher_only=False)
+
+
+def _ca_name(organisation: str, role: Role | None = None) -> x509.Name:
+    parts = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation)]
+    if role is not None:
+        parts.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role))
+    return x509.Name([*parts, x509.NameAttribute(NameOID.COMMON_NAME, f"consilo {role or 'root'} CA")])
+
+
+def _issuer(folder: Path, role: Role) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    key = load_key(folder / "keys" / f"issuing-{role}.key")
+    cert = load_certificate(read_file(folder / f"issuing-{role}.pem"))
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != cert.public_key():
+        raise Refused("identity.key_mismatch", f"The key of the issuing CA for {role} does not fit its certificate.",
+                      "Restore the CA's folder from its backup.")
+    return key, cert
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One `fl-ca` at a time. Raises Refused `file.leased`; UsageError `ca.missing`."""
+    _load(folder)
+    layer = FileLayer()
+    fd = layer.open_append(folder / ".lock")
+    try:
+        yield
+    finally:
+        layer.close(fd)
+
+
+def _load(folder: Path) -> _Index:
+    path = folder / "index.json"
+    if not path.exists():
+        raise UsageError("ca.missing", "The folder holds no CA.", "Make one with `fl-ca init`.")
+    return validate(_Index, parse(read_file(path)))
+
+
+def _save(folder: Path, index: _Index) -> None:
+    FileLayer().write_atomic(folder / "index.json", canonical(index.model_dump(mode="json")))
+
+
+def _until(days: int) -> datetime:
+    if not 1 <= days <= 7300:
+        raise UsageError("ca.days", "The validity is not 1 to 7300 days.", "Give --days in that range.")
+    return _now() + timedelta(days=days)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def _pem(cert: x509.Certificate) -> bytes:
+    return cert.public_bytes(serialization.Encoding.PEM)
+
+
+def _key_id(key: PublicKey) -> bytes:
+    return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def _bad_request(why: str) -> Refused:
+    return Refused("ca.request", f"The request is refused: {why}.", "Make it anew with `fl-client enroll`.")
+
+
+def _bad_roster(why: str) -> CheckFailed:
+    return CheckFailed("roster.invalid", f"The roster is refused: {why}.", "Get the roster again from the CA.")

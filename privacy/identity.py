@@ -1,0 +1,359 @@
+"""Identity: who signs, who is at the other end of a connection, and in which role.
+
+Guarantees: a private key is made on site, with mode 0600, and never leaves its folder; a peer is accepted only through
+the chain leaf -> issuing CA of the wanted role -> root, each link checked (signature, basicConstraints, keyUsage, EKU,
+validity, revocation); a weak Ed25519 key never verifies anything.
+
+An identity is two certificates with one subject (CN = name, O = organisation): P-256 for TLS and the node key, Ed25519
+for signatures. Its role is that of the CA that issued both, which carries the role as its OU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from privacy.canonical import canonical
+from privacy.errors import Refused, UsageError
+from privacy.files import FileLayer, read_file, read_private, write_private
+
+REQUEST_SCHEMA = "consilo.request/1"
+Usage = Literal["tls", "signing"]
+PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
+PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
+E = TypeVar("E", bound=x509.ExtensionType)
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+_KNOWN_CRITICAL = {x509.BasicConstraints.oid, x509.KeyUsage.oid, x509.ExtendedKeyUsage.oid,
+                   x509.SubjectAlternativeName.oid}
+_P = 2**255 - 19
+# y of the eight points of small order: identity, order 2, order 4, and the two y of order 8.
+_Y8 = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+_SMALL_ORDER = {0, 1, _P - 1, _Y8, _P - _Y8}
+
+
+class Role(StrEnum):
+    SITE = "site"
+    COORDINATOR = "coordinator"
+    ENGINEER = "engineer"
+    AUDITOR = "auditor"
+
+    @property
+    def purpose(self) -> x509.ObjectIdentifier:
+        """The one extended key usage of this role's TLS certificate."""
+        return ExtendedKeyUsageOID.SERVER_AUTH if self is Role.COORDINATOR else ExtendedKeyUsageOID.CLIENT_AUTH
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An accepted certificate and what it says."""
+
+    name: str
+    organisation: str
+    role: Role
+    fingerprint: str
+    certificate: x509.Certificate = field(repr=False)
+
+
+class Signer(Protocol):
+    @property
+    def certificate(self) -> x509.Certificate: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def sign(self, data: bytes) -> bytes: ...
+
+
+class FileSigner:
+    """Signs with the Ed25519 key in a file.
+
+    Raises Refused `key.permissions` (open to others), `identity.key_mismatch` (key and certificate don't belong
+    together), `identity.weak_key`; UsageError `key.missing`, `identity.malformed`.
+    """
+
+    def __init__(self, key: Path, certificate: Path) -> None:
+        private = load_key(key)
+        cert = load_certificate(read_file(certificate), certificate.name)
+        if not isinstance(private, ed25519.Ed25519PrivateKey) or private.public_key() != public_key(cert):
+            raise Refused("identity.key_mismatch", f"{key.name} is not the Ed25519 key of {certificate.name}.",
+                          "Put the key and the certificate that was issued for it side by side.")
+        self._key = private
+        self.certificate = cert
+        self.fingerprint = fingerprint(cert)
+
+    def sign(self, data: bytes) -> bytes:
+        """Ed25519 signature, 64 bytes."""
+        return self._key.sign(data)
+
+
+def fingerprint(cert: x509.Certificate) -> str:
+    """Lowercase hex SHA-256 of the DER."""
+    return cert.fingerprint(hashes.SHA256()).hex()
+
+
+def load_certificate(pem: bytes, what: str = "certificate") -> x509.Certificate:
+    """Parse one PEM certificate. Raises UsageError `identity.malformed`."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except ValueError as e:
+        raise _malformed(what, "a PEM certificate") from e
+
+
+def load_key(path: Path) -> PrivateKey:
+    """Read a P-256 or Ed25519 private key. Raises Refused `key.permissions`; UsageError `key.missing`,
+    `identity.malformed`."""
+    pem = read_private(path)
+    try:
+        key = serialization.load_pem_private_key(pem, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise _malformed(path.name, "an unencrypted PEM private key") from None
+    if isinstance(key, ed25519.Ed25519PrivateKey) or (
+            isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1)):
+        return key
+    raise _malformed(path.name, "a P-256 or Ed25519 key")
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    """PKCS 8, unencrypted: for `write_private` only."""
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                             serialization.NoEncryption())
+
+
+def public_key(source: x509.Certificate | x509.CertificateSigningRequest) -> PublicKey:
+    """The P-256 or Ed25519 key. Raises Refused `identity.weak_key` for any other kind, and for an Ed25519 key that is
+    non-canonical (y >= p) or of small order, under which one signature fits many messages (RFC 8032, 8.4)."""
+    try:
+        key = source.public_key()
+    except (ValueError, UnsupportedAlgorithm) as e:
+        raise _weak("is of an unknown kind") from e
+    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
+        return key
+    if not isinstance(key, ed25519.Ed25519PublicKey):
+        raise _weak("is neither P-256 nor Ed25519")
+    y = int.from_bytes(key.public_bytes_raw(), "little") % 2**255
+    if y >= _P or y in _SMALL_ORDER:
+        raise _weak("is of small order or not canonical")
+    return key
+
+
+def verify_signature(cert: x509.Certificate, signature: bytes, data: bytes) -> None:
+    """Ed25519, or ECDSA with SHA-256 under a P-256 certificate.
+
+    Raises Refused `identity.signature`, `identity.weak_key`.
+    """
+    key = public_key(cert)
+    try:
+        if isinstance(key, ed25519.Ed25519PublicKey):
+            key.verify(signature, data)
+        else:
+            key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature as e:
+        raise Refused("identity.signature", "A signature does not fit its certificate.",
+                      "Get the document again from its signer.") from e
+
+
+def subject(name: str, organisation: str) -> x509.Name:
+    """CN and O of an identity. Raises UsageError `identity.name`."""
+    if not _NAME.fullmatch(name):
+        raise UsageError("identity.name", "The name is not 1 to 63 of a-z 0-9 _ . - starting with a letter or digit.",
+                         "Choose a name such as hospital-a.")
+    if not organisation.strip() or len(organisation) > 64 or not organisation.isprintable():
+        raise UsageError("identity.name", "The organisation is not 1 to 64 printable characters.",
+                         "Give the organisation's usual name.")
+    return x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation),
+                      x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+def read_subject(source: x509.Name) -> tuple[str, str]:
+    """(name, organisation) of a subject that has exactly those two. Raises Refused `identity.untrusted`."""
+    names = [str(a.value) for a in source.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    organisations = [str(a.value) for a in source.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)]
+    if len(names) == len(organisations) == 1 and len(list(source)) == 2 and _NAME.fullmatch(names[0]):
+        return names[0], organisations[0]
+    raise _untrusted("its subject is not one name and one organisation")
+
+
+def create_request(folder: Path, name: str, organisation: str) -> bytes:
+    """Make tls.key (P-256) and sign.key (Ed25519), both O_EXCL and 0600, and write request.json: two signing requests
+    under one subject, as canonical JSON, which is returned. The keys stay in the folder.
+
+    Raises Refused `key.exists`; UsageError `identity.name`.
+    """
+    who = subject(name, organisation)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tls, sign = ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate()
+    write_private(folder / "tls.key", key_pem(tls))
+    write_private(folder / "sign.key", key_pem(sign))
+    builder = x509.CertificateSigningRequestBuilder().subject_name(who)
+    requests = {"tls": builder.sign(tls, hashes.SHA256()), "sign": builder.sign(sign, None)}
+    pems = {k: r.public_bytes(serialization.Encoding.PEM).decode() for k, r in requests.items()}
+    data = canonical({"schema_version": REQUEST_SCHEMA, **pems})
+    FileLayer().write_atomic(folder / "request.json", data)
+    return data
+
+
+class TrustStore:
+    """The root, at most one issuing CA per role, and their revocation lists.
+
+    All arguments are PEM. Signatures of CAs and lists are verified here, their dates at every `check`. Raises Refused
+    `identity.untrusted`, `identity.weak_key`; UsageError `identity.malformed`.
+    """
+
+    def __init__(self, root: bytes, issuing: Iterable[bytes], crls: Iterable[bytes] = ()) -> None:
+        self.root = load_certificate(root, "root.pem")
+        if not _issued_by(self.root, self.root) or not _is_ca(self.root):
+            raise _untrusted("the root is not a self-signed P-256 CA")
+        self.issuing: dict[Role, x509.Certificate] = {}
+        self._crls: dict[Role, x509.CertificateRevocationList] = {}
+        for pem in issuing:
+            cert = load_certificate(pem, "issuing CA")
+            if not _issued_by(cert, self.root) or not _is_ca(cert, path_length=0):
+                raise _untrusted("an issuing CA is not the root's")
+            role = _ca_role(cert)
+            if role in self.issuing:
+                raise _untrusted(f"there are two issuing CAs for the role {role}")
+            self.issuing[role] = cert
+        for pem in crls:
+            crl = load_crl(pem)
+            signers = [r for r, ca in self.issuing.items() if _signed_crl(crl, ca)]
+            if not signers or signers[0] in self._crls:
+                raise _untrusted("a revocation list is not signed by one of the issuing CAs, or there are two of it")
+            self._crls[signers[0]] = crl
+
+    @classmethod
+    def load(cls, folder: Path) -> TrustStore:
+        """From root.pem, issuing-<role>.pem and, where there, crl-<role>.pem. Also raises UsageError `file.missing`."""
+        roles = [r for r in Role if (folder / f"issuing-{r}.pem").exists()]
+        lists = [folder / f"crl-{r}.pem" for r in roles]
+        return cls(read_file(folder / "root.pem"), [read_file(folder / f"issuing-{r}.pem") for r in roles],
+                   [read_file(path) for path in lists if path.exists()])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the root: what `--ca` takes."""
+        return fingerprint(self.root)
+
+    def check(self, cert: x509.Certificate, role: Role, *, usage: Usage, at: datetime) -> Peer:
+        """Accept a certificate for one role and usage at a time (with zone).
+
+        Raises Refused `identity.untrusted` (no chain to the root), `identity.role` (issued for another role),
+        `identity.expired` (a link is not valid at that time), `identity.revoked`, `identity.crl_stale`,
+        `identity.usage` (not made for TLS, or for signing), `identity.weak_key`.
+        """
+        found = next((r for r, ca in self.issuing.items() if _issued_by(cert, ca)), None)
+        if found is None:
+            raise _untrusted("no issuing CA of this consortium signed it")
+        if found is not role:
+            raise Refused("identity.role", f"A certificate of the role {found} was shown where {role} is needed.",
+                          f"Use the certificate that was issued for the role {role}.")
+        for link in (cert, self.issuing[role], self.root):
+            if not link.not_valid_before_utc <= at <= link.not_valid_after_utc:
+                raise Refused("identity.expired", "A certificate of the chain is not valid at this time.",
+                              "Check the clock, then renew the certificate.")
+        self._check_revocation(cert, role, at)
+        _check_leaf(cert, role, usage)
+        name, organisation = read_subject(cert.subject)
+        return Peer(name, organisation, role, fingerprint(cert), cert)
+
+    def _check_revocation(self, cert: x509.Certificate, role: Role, at: datetime) -> None:
+        crl = self._crls.get(role)
+        if crl is None:
+            return
+        if crl.get_revoked_certificate_by_serial_number(cert.serial_number) is not None:
+            raise Refused("identity.revoked", "The certificate has been revoked.", "Ask the CA for a new certificate.")
+        if crl.next_update_utc is None or at > crl.next_update_utc:
+            raise Refused("identity.crl_stale", f"The revocation list crl-{role}.pem is out of date.",
+                          "Get the current list from the CA; `fl-ca roster` renews it.")
+
+
+def load_crl(pem: bytes) -> x509.CertificateRevocationList:
+    """Parse one PEM revocation list. Raises UsageError `identity.malformed`."""
+    try:
+        return x509.load_pem_x509_crl(pem)
+    except ValueError as e:
+        raise _malformed("The file", "a PEM revocation list") from e
+
+
+def _check_leaf(cert: x509.Certificate, role: Role, usage: Usage) -> None:
+    """basicConstraints, keyUsage, EKU and kind of key. Raises Refused `identity.usage`, `identity.weak_key`."""
+    basic, key_usage = _extension(cert, x509.BasicConstraints), _extension(cert, x509.KeyUsage)
+    purposes = _extension(cert, x509.ExtendedKeyUsage)
+    key = public_key(cert)
+    if usage == "tls":
+        fits = isinstance(key, ec.EllipticCurvePublicKey) and purposes is not None and list(purposes) == [role.purpose]
+    else:
+        fits = isinstance(key, ed25519.Ed25519PublicKey) and purposes is None
+    if (not fits or basic is None or basic.ca or key_usage is None or not key_usage.digital_signature
+            or key_usage.key_cert_sign or not _understood(cert)):
+        raise Refused("identity.usage", f"The certificate is not made for {usage} in the role {role}.",
+                      "Use tls.pem for connections and sign.pem for signatures.")
+
+
+def _extension(cert: x509.Certificate, kind: type[E]) -> E | None:
+    try:
+        return cert.extensions.get_extension_for_class(kind).value
+    except (x509.ExtensionNotFound, x509.DuplicateExtension, ValueError):
+        return None
+
+
+def _understood(cert: x509.Certificate) -> bool:
+    """No critical extension that isn't checked here (RFC 5280, 4.2)."""
+    try:
+        return all(not e.critical or e.oid in _KNOWN_CRITICAL for e in cert.extensions)
+    except (x509.DuplicateExtension, ValueError):
+        return False
+
+
+def _issued_by(cert: x509.Certificate, ca: x509.Certificate) -> bool:
+    """Issuer name and signature."""
+    try:
+        cert.verify_directly_issued_by(ca)
+    except (InvalidSignature, ValueError, TypeError, UnsupportedAlgorithm):
+        return False
+    return True
+
+
+def _signed_crl(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
+    key_usage = _extension(ca, x509.KeyUsage)
+    key = public_key(ca)
+    return bool(crl.issuer == ca.subject and key_usage and key_usage.crl_sign and crl.is_signature_valid(key))
+
+
+def _is_ca(cert: x509.Certificate, path_length: int | None = None) -> bool:
+    basic, key_usage = _extension(cert, x509.BasicConstraints), _extension(cert, x509.KeyUsage)
+    return bool(basic and basic.ca and key_usage and key_usage.key_cert_sign and _understood(cert)
+                and (path_length is None or basic.path_length == path_length)
+                and isinstance(public_key(cert), ec.EllipticCurvePublicKey))
+
+
+def _ca_role(cert: x509.Certificate) -> Role:
+    """The OU of an issuing CA. Raises Refused `identity.untrusted`."""
+    units = [str(a.value) for a in cert.subject.get_attributes_for_oid(NameOID.ORGANIZATIONAL_UNIT_NAME)]
+    if len(units) != 1 or units[0] not in list(Role):
+        raise _untrusted("an issuing CA names no role")
+    return Role(units[0])
+
+
+def _untrusted(why: str) -> Refused:
+    return Refused("identity.untrusted", f"A certificate is not trusted: {why}.",
+                   "Use certificates that this consortium's CA issued.")
+
+
+def _malformed(what: str, wanted: str) -> UsageError:
+    return UsageError("identity.malformed", f"{what} does not hold {wanted}.", "Check that it is the right file.")
+
+
+def _weak(why: str) -> Refused:
+    return Refused("identity.weak_key", f"The public key {why}.", "Make new keys with `fl-client enroll`.")
