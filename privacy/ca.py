@@ -125,7 +125,7 @@ def init(folder: Path, organisation: str, *, days: int = 1825) -> str:
         write_private(folder / "keys" / f"issuing-{role}.key", key_pem(key))
         layer.write_atomic(folder / f"issuing-{role}.pem", _pem(cert.sign(root_key, hashes.SHA256())))
     _save(folder, _Index())
-    refresh_crls(folder)
+    _write_crls(folder, _Index())
     layer.write_atomic(folder / "ca.sha256", f"{fingerprint(root)}\n".encode())
     layer.write_atomic(folder / "root.pem", _pem(root))
     return fingerprint(root)
@@ -138,20 +138,22 @@ def issue(folder: Path, request_json: bytes, role: Role, *, days: int = 365,
     hosts: DNS names and IP addresses of a coordinator, its certificate's SAN. Raises Refused `ca.request` (no proof of
     possession, two subjects, wrong kinds of key), `ca.name_taken`, `ca.key_reused`, `identity.weak_key`,
     `identity.untrusted` (a subject that is not one name and one organisation); UsageError `ca.hosts`, `ca.days`,
-    `ca.missing`, `json.invalid`, `config.invalid`.
+    `ca.missing`, `identity.name`, `json.invalid`, `config.invalid`.
     """
     tls, sign = _read_request(request_json)
     name, organisation = read_subject(tls.subject)
     alternatives, until = _alternative_names(role, hosts), _until(days)
+    who = subject(name, organisation)
     with _locked(folder):
         index = _load(folder)
         _check_owner(index, name, organisation, role, (tls, sign))
         key, ca = _issuer(folder, role)
-        builder = _leaf_builder(tls, ca, until).add_extension(x509.ExtendedKeyUsage([role.purpose]), critical=False)
+        builder = _leaf_builder(who, public_key(tls), ca, until)
+        builder = builder.add_extension(x509.ExtendedKeyUsage([role.purpose]), critical=False)
         if alternatives:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         tls_cert = builder.sign(key, hashes.SHA256())
-        sign_cert = _leaf_builder(sign, ca, until).sign(key, hashes.SHA256())
+        sign_cert = _leaf_builder(who, public_key(sign), ca, until).sign(key, hashes.SHA256())
         record = _Issued(name=name, organisation=organisation, role=role, tls=_pem(tls_cert).decode(),
                          sign=_pem(sign_cert).decode(), tls_fingerprint=fingerprint(tls_cert),
                          sign_fingerprint=fingerprint(sign_cert))
@@ -177,15 +179,21 @@ def revoke(folder: Path, name: str) -> int:
         if not mine:
             raise UsageError("ca.no_such_name", "No certificate to revoke was issued under this name.",
                              "Look the name up in index.json.")
-        issued = tuple(r.model_copy(update={"revoked": _now()}) if r in mine else r for r in index.issued)
-        _save(folder, _Index(issued=issued))
-        refresh_crls(folder)
+        now = _now()
+        index = _Index(issued=tuple(r.model_copy(update={"revoked": now}) if r in mine else r for r in index.issued))
+        _save(folder, index)
+        _write_crls(folder, index)
     return 2 * len(mine)
 
 
 def refresh_crls(folder: Path) -> None:
-    """Sign each role's revocation list anew from the index: good for 30 days. Raises UsageError `ca.missing`."""
-    index, now = _load(folder), _now()
+    """Sign each role's revocation list anew: good for 30 days. Raises Refused `file.leased`; UsageError `ca.missing`."""
+    with _locked(folder):
+        _write_crls(folder, _load(folder))
+
+
+def _write_crls(folder: Path, index: _Index) -> None:
+    now = _now()
     for role in Role:
         key, ca = _issuer(folder, role)
         crl = (x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(now - BACKDATE)
@@ -262,9 +270,8 @@ def _read_request(data: bytes) -> tuple[x509.CertificateSigningRequest, x509.Cer
         tls, sign = (x509.load_pem_x509_csr(pem.encode()) for pem in (request.tls, request.sign))
     except ValueError as e:
         raise _bad_request("it does not hold two PEM signing requests") from e
-    kinds = isinstance(public_key(tls), ec.EllipticCurvePublicKey), isinstance(public_key(sign),
-                                                                               ed25519.Ed25519PublicKey)
-    if not all(kinds):
+    if (not isinstance(public_key(tls), ec.EllipticCurvePublicKey)
+            or not isinstance(public_key(sign), ed25519.Ed25519PublicKey)):
         raise _bad_request("its keys are not P-256 for TLS and Ed25519 for signatures")
     if not (tls.is_signature_valid and sign.is_signature_valid):
         raise _bad_request("it does not prove that the applicant holds the keys")
@@ -302,10 +309,8 @@ def _alternative_names(role: Role, hosts: Sequence[str]) -> list[x509.GeneralNam
     return names
 
 
-def _leaf_builder(request: x509.CertificateSigningRequest, ca: x509.Certificate,
-                  until: datetime) -> x509.CertificateBuilder:
-    key = public_key(request)
-    return (_builder(request.subject, key, ca.subject, public_key(ca), min(until, ca.not_valid_after_utc))
+def _leaf_builder(who: x509.Name, key: PublicKey, ca: x509.Certificate, until: datetime) -> x509.CertificateBuilder:
+    return (_builder(who, key, ca.subject, public_key(ca), min(until, ca.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(False, None), critical=True)
             .add_extension(_key_usage(ca=False), critical=True))
 
