@@ -1,0 +1,101 @@
+"""The report's two figures, as SVG to be put inside an HTML page.
+
+Guarantees: the same data gives the same bytes (fixed ids, no date, no user style); text stays text; no address of
+another resource is left in the markup.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+LABELLED_SITES = 8  # more sites are drawn in grey, without a label
+_COLOURS = ("#1f4e79", "#b45f06", "#38761d", "#7b2d8b", "#a61c00", "#0b7285", "#6b5900", "#5f3dc4")
+_INK, _GREY = "#222222", "#9a9a9a"
+_STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
+          "axes.edgecolor": "#666666", "axes.linewidth": 0.8, "text.color": _INK, "axes.labelcolor": _INK}
+_STRIP = re.compile(r"\A.*?(?=<svg\b)|<metadata>.*?</metadata>| xmlns(?::\w+)?=\"[^\"]*\"|"
+                    r" id=\"[a-z0-9.]*_\d+\"", re.S)  # such ids are never referred to
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One reserve in a site's ledger: its cumulative epsilon, and whether the attempt became a round."""
+
+    epsilon: float
+    done: bool
+
+
+def spending_plot(charges: Mapping[str, Sequence[Charge]], caps: Mapping[str, float]) -> str:
+    """Cumulative epsilon of each site after each charge, against its budget lines (label -> epsilon). SVG markup."""
+    figure, axes = _axes(6.4, 3.2)
+    for i, (site, line) in enumerate(charges.items()):
+        colour, label = (_COLOURS[i], site) if i < LABELLED_SITES else (_GREY, "_")
+        axes.step(range(1, len(line) + 1), [c.epsilon for c in line], where="post", color=colour, label=label,
+                  linewidth=1.4, zorder=3)
+        for j, charge in enumerate(line, 1):
+            axes.plot([j], [charge.epsilon], "o", markersize=4, zorder=4, color=colour,
+                      markerfacecolor=colour if charge.done else "white")
+    for (label, cap), dash in zip(caps.items(), ((6, 2), (2, 2)), strict=False):
+        axes.axhline(cap, color=_INK, linewidth=1.1, dashes=dash, label=f"{label} {cap:g}")
+    longest = max((len(line) for line in charges.values()), default=1)
+    axes.set_xlim(0.7, longest + 0.3)
+    axes.set_ylim(0, 1.12 * max([*caps.values(), *(c.epsilon for line in charges.values() for c in line), 1e-9]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("charges in this run (hollow: void attempt)")
+    axes.set_ylabel("cumulative epsilon")
+    axes.legend(loc="lower right", fontsize=8, framealpha=0.9, ncols=2)
+    return _svg(figure, "spending")
+
+
+def trade_off(epsilons: Sequence[float], deltas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The attacker's best trade-off from a privacy profile: (false alarms, misses), both shape (201,), in [0, 1].
+
+    f(a) = max over (epsilon, delta) of 1 - delta - e^eps a and e^-eps (1 - delta - a), and 0: Dong, Roth and Su,
+    "Gaussian differential privacy", proposition 2.5; every point of the profile only raises f."""
+    alarm = np.linspace(0.0, 1.0, 201)
+    miss = np.zeros_like(alarm)
+    for eps, delta in zip(epsilons, deltas, strict=True):
+        np.maximum(miss, 1.0 - delta - np.exp(eps) * alarm, out=miss)
+        np.maximum(miss, np.exp(-eps) * (1.0 - delta - alarm), out=miss)
+    return alarm, miss
+
+
+def trade_off_plot(alarm: np.ndarray, miss: np.ndarray) -> str:
+    """Miss rate against false-alarm rate of the best attacker, with guessing as the diagonal. SVG markup."""
+    figure, axes = _axes(3.6, 3.2)
+    axes.plot([0, 1], [1, 0], color=_GREY, linewidth=1.1, dashes=(3, 2), label="guessing")
+    axes.plot(alarm, miss, color=_COLOURS[0], linewidth=1.6, label="best attacker")
+    axes.fill_between(alarm, miss, 1 - alarm, color=_COLOURS[0], alpha=0.08, linewidth=0)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("false alarms (record wasn't used)")
+    axes.set_ylabel("misses (record was used)")
+    axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+    return _svg(figure, "trade-off")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+    axes.grid(True, color="#e4e4e4", linewidth=0.7)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    """Markup for inside HTML: no prolog, metadata, name spaces or ids that two figures would share."""
+    out = io.StringIO()
+    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _STRIP.sub("", out.getvalue())

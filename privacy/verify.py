@@ -1,0 +1,115 @@
+"""Offline verification of a run bundle: needs no network, torch, Flower or hydra, and trusts one number from outside.
+
+The rules, in order. Each is checked even if an earlier one failed; every finding is listed.
+
+ 0. files         The folder holds the files of the format only: no links, no strange names, sizes within limits.
+ 1. anchor        The root certificate is the one whose SHA-256 the reader got from the consortium (--ca). Without it
+                  the best verdict is UNANCHORED: the bundle agrees with itself, and that is all.
+ 2. certificates  Root -> issuing CA of a role -> leaf. Sites and one coordinator; nothing else.
+ 3. manifest      Signed by the coordinator. Every file is listed with its digest; none is missing, none is extra.
+ 4. statements    Each is signed by a certificate of the role that its type needs, under its signer's own name, about
+                  the subject that it names; numbered without a gap.
+ 5. contract      Its digest is in every statement. Its sites and their certificates are those of the bundle. Each
+                  site accepted it.
+ 6. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
+                  numbered; only the last round may lack a result. Every site in a sum signed that sum's transcript,
+                  and trained with the contract's mechanism.
+ 7. ledgers       Each site's hash chain and signatures hold; it is the extract that the site's closing statement
+                  names; every attempt that the site signed was reserved, with the contract's mechanism.
+ 8. epsilon       Recomputed from the reserves of each site: nowhere may a claim be below it, or above the cap.
+ 9. release       The released adapter is the one that the last round left.
+
+With trust=none there is no ledger and no epsilon: a claim of one fails. What a signature can't prove: that the noise
+was really drawn, and that a certificate had not been revoked (sites check that while the run goes on).
+
+Hostile input never raises: an error inside a step is a finding with the error's code. Findings quote nothing that
+isn't verified.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from privacy.bundle import RawBundle, read_bundle
+from privacy.errors import CheckFailed, ConsiloError, UsageError
+from privacy.verify_run import contract, epsilons, ledgers, release, rounds
+from privacy.verify_trust import Facts, Findings, anchor, certificates, manifest, statements
+
+MAX_FINDINGS = 12  # of one step that are spelled out; the rest is counted
+_FINGERPRINT = re.compile(r"[0-9a-f]{64}")
+
+STEPS: tuple[tuple[str, Callable[[Facts, Findings], str]], ...] = (
+    ("anchor", anchor), ("certificates", certificates), ("manifest", manifest), ("statements", statements),
+    ("contract", contract), ("rounds", rounds), ("ledgers", ledgers), ("epsilon", epsilons), ("release", release),
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    ok: bool
+    detail: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """PASS: every step holds, anchored. FAIL: a step doesn't hold. UNANCHORED: all hold, but no fingerprint given."""
+
+    verdict: Literal["PASS", "FAIL", "UNANCHORED"]
+    anchored: bool
+    steps: tuple[Step, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"verdict": self.verdict, "anchored": self.anchored,
+                "steps": [{"name": s.name, "ok": s.ok, "detail": s.detail} for s in self.steps]}
+
+
+def verify_bundle(path: Path, ca: str | None = None) -> Verdict:
+    """Check a bundle folder. ca: SHA-256 of the root certificate's DER in hex, from outside the bundle.
+
+    Raises UsageError `bundle.missing` (no such folder) and `verify.fingerprint` (not 64 hex digits); anything wrong
+    inside the bundle is a FAIL.
+    """
+    return examine(path, ca)[0]
+
+
+def examine(path: Path, ca: str | None = None) -> tuple[Verdict, Facts]:
+    """`verify_bundle`, with the verified facts for a report. Raises as it does."""
+    if ca is not None:
+        ca = ca.strip().replace(":", "").lower()
+        if not _FINGERPRINT.fullmatch(ca):
+            raise UsageError("verify.fingerprint", "The fingerprint is not 64 hex digits.",
+                             "Take it from ca.sha256, which the consortium's CA gave you.")
+    try:
+        facts = Facts(read_bundle(path), ca)
+        steps = [Step("files", True, f"{len(facts.raw.files)} files of the format, within limits")]
+    except CheckFailed as e:
+        facts = Facts(RawBundle({}), ca)
+        steps = [Step("files", False, f"{e.cause} ({e.code})")]
+        steps += [Step(name, False, "not checked: the folder was refused") for name, _ in STEPS]
+        return Verdict("FAIL", False, tuple(steps)), facts
+    steps += [_run(name, check, facts) for name, check in STEPS]
+    anchored = ca is not None and steps[1].ok
+    if not all(step.ok for step in steps):
+        return Verdict("FAIL", anchored, tuple(steps)), facts
+    return Verdict("PASS" if anchored else "UNANCHORED", anchored, tuple(steps)), facts
+
+
+def _run(name: str, check: Callable[[Facts, Findings], str], facts: Facts) -> Step:
+    """One step. The broad except is the boundary to hostile input: whatever it provokes is a finding."""
+    found = Findings()
+    detail = ""
+    try:
+        detail = check(facts, found)
+    except ConsiloError as e:
+        found.append(f"refused ({e.code})")
+    except Exception as e:  # noqa: BLE001
+        found.append(f"refused (verify.{type(e).__name__})")
+    if not found:
+        return Step(name, True, detail)
+    more = [f"and {len(found) - MAX_FINDINGS} more"] if len(found) > MAX_FINDINGS else []
+    return Step(name, False, "; ".join([*found[:MAX_FINDINGS], *more]))

@@ -1,0 +1,219 @@
+"""Verification, rules 5 to 9: whether what was said holds together. Works on `Facts`, never on raw files."""
+
+from __future__ import annotations
+
+from privacy.accountant import epsilon
+from privacy.bundle import Acceptance, Closing, Release, Round, RoundSite
+from privacy.canonical import parse
+from privacy.contract import Contract, load_contract
+from privacy.errors import ConsiloError
+from privacy.identity import Role
+from privacy.ledger import check_extract
+from privacy.verify_trust import Facts, Findings, Spending
+
+ULP = 1e-4  # claims are rounded up at 4 decimals; two machines' FFTs may fall on either side of one
+NON_PRIVATE = "NON-PRIVATE: the contract has trust=none, so no epsilon exists for this run"
+VISIBLE = "INDIVIDUAL UPDATES VISIBLE: secure aggregation was off"
+
+
+def contract(facts: Facts, found: Findings) -> str:
+    data = facts.raw.files.get("contract.json", b"")
+    agreed = load_contract(data)
+    for site in agreed.sites:
+        agreed.mechanism(site.name)
+    found.expect(agreed.to_bytes() == data, "the contract is not in canonical form")
+    for event in facts.events:
+        found.expect(event.predicate.contract == agreed.digest, f"{event.path} is bound to another contract")
+        found.expect(event.predicate.run == agreed.run, f"{event.path} belongs to another run")
+    signers = {p.name: p.fingerprint for p in facts.peers.values() if p.role is Role.SITE}
+    found.expect(signers == {s.name: s.signer for s in agreed.sites},
+                 "the sites and their certificates are not those of the contract")
+    accepted = {a.site: a for a in facts.said(Acceptance)}
+    found.expect(len(accepted) == len(facts.said(Acceptance)), "a site accepted twice")
+    for site in agreed.sites:
+        if not found.expect(site.name in accepted, f"{site.name} did not accept the contract"):
+            continue
+        a = accepted[site.name]
+        found.expect(a.trust == agreed.privacy.trust and float(a.delta) == site.delta,
+                     f"{site.name} accepted another kind of privacy, or another delta, than the contract's")
+        found.expect(bool(a.cap) == bool(a.lineage) == (a.trust != "none"),
+                     f"{site.name} names a cap or a lineage without a ledger, or none with one")
+    if facts.contract is None and not found:
+        facts.contract = agreed
+    notes = [NON_PRIVATE] * (agreed.privacy.trust == "none") + [VISIBLE] * (not agreed.secagg.enabled)
+    return "; ".join([f"accepted by all {len(agreed.sites)} sites, and bound into every statement", *notes])
+
+
+def rounds(facts: Facts, found: Findings) -> str:
+    agreed = facts.agreed()
+    attempts = facts.said(Round)
+    signed: dict[tuple[int, int], dict[str, RoundSite]] = {}
+    for s in facts.said(RoundSite):
+        at = signed.setdefault((s.round, s.attempt), {})
+        found.expect(s.site not in at, f"round {s.round}, attempt {s.attempt}: {s.site} signed twice")
+        at[s.site] = s
+        _mechanism(agreed, s, found)
+    _order(attempts, found)
+    adapter = attempts[0].adapter_in if attempts else ""
+    for r in attempts:
+        where = f"round {r.round}, attempt {r.attempt}"
+        found.expect(r.adapter_in == adapter, f"{where} starts from another adapter than the one before left")
+        sites = signed.pop((r.round, r.attempt), {})
+        for s in sites.values():
+            found.expect(s.adapter_in == r.adapter_in, f"{where}: {s.site} trained from another adapter")
+        if r.outcome == "done":
+            _sum(agreed, r, sites, where, found)
+            adapter = r.adapter_out
+        else:
+            found.expect(not r.adapter_out and not r.sites and bool(r.reason), f"{where} is void, yet names a result")
+    found.expect(not signed, "sites signed an attempt that the coordinator doesn't account for")
+    done = sum(r.outcome == "done" for r in attempts)
+    found.expect(done <= agreed.privacy.rounds, "there are more rounds than the contract allows")
+    early = "" if done == agreed.privacy.rounds else f" of {agreed.privacy.rounds} planned (the job ended early)"
+    note = "" if agreed.secagg.enabled else f"; {VISIBLE}"
+    return f"{done} rounds{early}, {len(attempts) - done} void attempts; each starts where the one before ended{note}"
+
+
+def _order(attempts: list[Round], found: Findings) -> None:
+    """Rounds 1, 2, ..., their attempts 0, 1, ...: a round ends with its one 'done', and then the next begins."""
+    expected = (1, 0)
+    for r in attempts:
+        if not found.expect((r.round, r.attempt) == expected,
+                            f"round {expected[0]}, attempt {expected[1]} should come next, but is missing or repeated"):
+            return
+        expected = (r.round + 1, 0) if r.outcome == "done" else (r.round, r.attempt + 1)
+
+
+def _sum(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
+    """A done round: every site in the sum signed it, and nobody signed it who isn't in the sum."""
+    found.expect(bool(r.adapter_out) and not r.reason, f"{where} is done, yet has no result or a reason")
+    found.expect(len(set(r.sites)) == len(r.sites) > 0 and set(r.sites) <= {s.name for s in agreed.sites},
+                 f"{where} names a site twice, an unknown one, or none")
+    for name in r.sites:
+        found.expect(name in sites, f"{where}: {name} is in the sum without a signed statement of its own")
+    if agreed.secagg.enabled:
+        found.expect(bool(r.transcript), f"{where} has no transcript of its secure sum")
+        found.expect(len(r.sites) >= agreed.secagg.threshold, f"{where} sums fewer sites than the threshold")
+        same = {s.site for s in sites.values() if s.transcript == r.transcript}
+        found.expect(same == set(r.sites), f"{where}: those who signed the transcript are not those in the sum")
+    else:
+        found.expect(not r.transcript and not any(s.transcript for s in sites.values()),
+                     f"{where} names a transcript, but secure aggregation was off")
+
+
+def _mechanism(agreed: Contract, s: RoundSite, found: Findings) -> None:
+    if s.site in {site.name for site in agreed.sites}:
+        m = agreed.mechanism(s.site)
+        said = (float(s.q), float(s.clip), float(s.sigma), s.steps, s.n_decl)
+        found.expect(said == (m.q, m.clip, m.sigma, m.steps, m.n_decl),
+                     f"round {s.round}: {s.site} used another mechanism than the contract's")
+
+
+def ledgers(facts: Facts, found: Findings) -> str:
+    agreed = facts.agreed()
+    extracts = facts.raw.under("ledgers")
+    closings = {c.site: c for c in facts.said(Closing)}
+    found.expect(len(closings) == len(facts.said(Closing)), "a site closed the run twice")
+    if agreed.privacy.trust == "none":
+        found.expect(not extracts and not closings, "there is a ledger, but the contract is non-private")
+        return NON_PRIVATE
+    trained = {s.site for s in facts.said(RoundSite)}
+    known = {s.name for s in agreed.sites}
+    found.expect(extracts.keys() == closings.keys() and extracts.keys() <= known,
+                 "the ledgers are not those of the sites that closed the run")
+    found.expect(trained <= extracts.keys(), "a site that trained shows no ledger")
+    for site in sorted(known & closings.keys() & extracts.keys()):
+        _ledger(facts, agreed, closings[site], extracts[site], found)
+    silent = known - extracts.keys()
+    note = f"; {len(silent)} sites never trained and show none" if silent else ""
+    return f"{len(facts.ledgers)} ledgers: chain, signatures, mechanism and every signed attempt hold{note}"
+
+
+def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found: Findings) -> None:
+    """One site's extract against its own closing statement, its acceptance, its round statements and the contract."""
+    site = closing.site
+    try:
+        ledger = check_extract(data, facts.peers[site].certificate)
+    except ConsiloError as e:
+        found.append(f"{site}: the ledger is refused ({e.code})")
+        return
+    before = len(found)
+    m = agreed.mechanism(site)
+    hashes = [parse(line)["hash"] for line in data.splitlines()]
+    budget = (ledger.lineage, ledger.cap, ledger.delta)
+    found.expect((closing.records, closing.ledger_seq, closing.ledger_head) == (len(hashes), *ledger.head),
+                 f"{site}: the closing statement names another head than the ledger's last record")
+    found.expect((closing.lineage, float(closing.cap), float(closing.delta)) == budget,
+                 f"{site}: the closing statement names another lineage, cap or delta than the ledger")
+    for a in facts.said(Acceptance):
+        found.expect(a.site != site or (a.lineage, float(a.cap or 0), float(a.delta)) == budget,
+                     f"{site}: the acceptance names another lineage, cap or delta than the ledger")
+    found.expect((ledger.unit, ledger.adjacency, ledger.delta) == (m.unit, m.adjacency, m.delta),
+                 f"{site}: the lineage has another unit, adjacency or delta than the contract")
+    found.expect([c.run for c in ledger.closes if c.run == agreed.run] == [agreed.run], f"{site}: the run isn't closed")
+    reserves = {(r.round, r.attempt): r for r in ledger.reserves if r.run == agreed.run}
+    commits = {(c.round, c.attempt): c for c in ledger.commits if c.run == agreed.run}
+    approvers = {a.approver for a in facts.said(Acceptance) if a.site == site}
+    for r in reserves.values():
+        found.expect((r.sampler, float(r.q), float(r.clip), float(r.sigma), r.planned_steps)
+                     == (m.sampler, m.q, m.clip, m.sigma, m.steps),
+                     f"{site}: record {r.seq} reserved another mechanism than the contract's")
+        found.expect((r.contract, r.code) == (agreed.digest, agreed.code_version) and r.approver in approvers,
+                     f"{site}: record {r.seq} names another contract, code or approver")
+    for s in (s for s in facts.said(RoundSite) if s.site == site):
+        where = f"{site}: round {s.round}, attempt {s.attempt}"
+        if found.expect((s.round, s.attempt) in reserves and (s.round, s.attempt) in commits,
+                        f"{where} was signed, but never charged"):
+            inside = commits[s.round, s.attempt].seq <= s.ledger_seq < len(hashes)
+            found.expect(inside and hashes[s.ledger_seq] == s.ledger_head,
+                         f"{where} names a ledger head that the ledger doesn't hold")
+    if len(found) == before:
+        facts.ledgers[site] = ledger
+
+
+def epsilons(facts: Facts, found: Findings) -> str:
+    agreed = facts.agreed()
+    stated = [(s.site, s.epsilon) for s in facts.said(RoundSite)]
+    if agreed.privacy.trust == "none":
+        found.expect(not any(claim for _, claim in stated), "a site claims an epsilon, but the contract is non-private")
+        return NON_PRIVATE
+    found.expect(all(claim for _, claim in stated), "a site's statement names no epsilon")
+    found.expect(facts.ledgers.keys() >= {site for site, _ in stated}, "a site that trained has no valid ledger")
+    hidden = 0
+    for site, ledger in facts.ledgers.items():
+        mine = [r for r in ledger.reserves if r.run == agreed.run]
+        claimed = [float(r.epsilon) for r in mine]
+        recomputed = [epsilon([r.release for r in ledger.reserves if r.seq <= last.seq], ledger.delta) for last in mine]
+        alone = epsilon([r.release for r in mine], ledger.delta)
+        found.expect(all(c >= e - ULP for c, e in zip(claimed, recomputed, strict=True)),
+                     f"{site}: the ledger claims less epsilon than its reserves spent")
+        found.expect(claimed == sorted(claimed), f"{site}: the ledger's cumulative epsilon falls")
+        found.expect(agreed.privacy.epsilon is not None and alone <= agreed.privacy.epsilon + ULP,
+                     f"{site}: this run alone spent more than the contract's epsilon")
+        found.expect(max([*claimed, *recomputed, 0.0]) <= ledger.cap + ULP, f"{site}: more was spent than the cap")
+        ends = [float(c.head_epsilon) for c in ledger.closes if c.run == agreed.run]
+        ends += [float(c.epsilon) for c in facts.said(Closing) if c.site == site]
+        found.expect(all(max([*claimed, 0.0]) <= end <= ledger.cap for end in ends),
+                     f"{site}: the closing statement understates epsilon, or exceeds the cap")
+        charge = {(r.round, r.attempt): float(r.epsilon) for r in mine}
+        found.expect(all(float(s.epsilon or 0) >= charge[s.round, s.attempt]
+                         for s in facts.said(RoundSite) if s.site == site),
+                     f"{site}: a round's statement understates epsilon")
+        hidden += ledger.commitments > 0
+        facts.spending[site] = Spending(tuple(claimed), tuple(recomputed), alone, max([*claimed, *ends]))
+    whole = (f"; at {hidden} sites the ledger holds other runs as commitments: recomputed is this run alone, their "
+             "part is what the site's ledger claims" if hidden else "")
+    return f"recomputed for {len(facts.spending)} sites: no claim is below it, none above the cap{whole}"
+
+
+def release(facts: Facts, found: Findings) -> str:
+    facts.agreed()
+    done = [r for r in facts.said(Round) if r.outcome == "done"]
+    released = facts.said(Release)
+    if not done:
+        found.expect(not released, "an adapter was released although no round was done")
+        return "no round was done, so nothing was released"
+    if found.expect(len(released) == 1, "there is not exactly one release"):
+        found.expect(released[0].adapter == done[-1].adapter_out, "the released adapter is not the last round's")
+        found.expect(released[0].rounds == len(done), "the release counts another number of rounds")
+    return f"the adapter is the one that round {done[-1].round} left"

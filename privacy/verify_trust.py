@@ -1,0 +1,192 @@
+"""Verification, rules 1 to 4: who signed what. Everything later reads `Facts`, which holds verified values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from cryptography import x509
+
+from privacy.bundle import (
+    KINDS,
+    MANIFEST,
+    Closing,
+    Kind,
+    Manifest,
+    Predicate,
+    RawBundle,
+    Release,
+    Round,
+    RoundSite,
+    statement_name,
+)
+from privacy.contract import Contract, validate
+from privacy.errors import CheckFailed, ConsiloError
+from privacy.identity import Peer, Role, TrustStore, load_certificate
+from privacy.ledger import LedgerSummary
+from privacy.statements import Statement, open_envelope
+
+P = TypeVar("P", bound=Predicate)
+ROLES = (Role.SITE, Role.COORDINATOR)  # whose statements a run bundle holds
+
+
+@dataclass(frozen=True)
+class Event:
+    """A statement whose signature, signer, role and form hold."""
+
+    path: str
+    who: str
+    predicate: Predicate
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A site's epsilon after each reserve of this run, as its ledger claims it and as recomputed from what it shows;
+    `alone`: recomputed for this run's reserves only; `spent`: the lineage's total, as claimed at the end."""
+
+    claimed: tuple[float, ...]
+    recomputed: tuple[float, ...]
+    alone: float
+    spent: float
+
+
+@dataclass
+class Facts:
+    """What has been verified so far; a step that fails leaves its part empty."""
+
+    raw: RawBundle
+    ca: str | None
+    trust: TrustStore | None = None
+    peers: dict[str, Peer] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    contract: Contract | None = None
+    ledgers: dict[str, LedgerSummary] = field(default_factory=dict)
+    spending: dict[str, Spending] = field(default_factory=dict)
+
+    def said(self, kind: type[P]) -> list[P]:
+        """All verified predicates of one kind, in the order of their numbers."""
+        return [e.predicate for e in self.events if isinstance(e.predicate, kind)]
+
+    def agreed(self) -> Contract:
+        """The contract. Raises CheckFailed `verify.no_contract` while rule 5 has not accepted one."""
+        if self.contract is None:
+            raise CheckFailed("verify.no_contract", "There is no valid contract.", "See the contract step.")
+        return self.contract
+
+
+class Findings(list[str]):
+    """Problems of one step, in plain words that quote nothing unverified."""
+
+    def expect(self, ok: bool, otherwise: str) -> bool:
+        if not ok:
+            self.append(otherwise)
+        return ok
+
+
+def anchor(facts: Facts, found: Findings) -> str:
+    root = facts.raw.files.get("certificates/root.pem", b"")
+    issuing = [data for name, data in facts.raw.under("certificates").items() if name.startswith("issuing-")]
+    facts.trust = TrustStore(root, issuing)
+    if facts.ca is None:
+        return "no fingerprint was given, so nothing ties this bundle to your consortium"
+    found.expect(facts.trust.fingerprint == facts.ca, "the root certificate is not the one that --ca names")
+    return "the root certificate is the one that --ca names"
+
+
+def certificates(facts: Facts, found: Findings) -> str:
+    trust = facts.trust
+    if trust is None:
+        raise CheckFailed("verify.no_root", "There is no root to check against.", "See the anchor step.")
+    for name, pem in facts.raw.under("certificates").items():
+        if name == "root":
+            continue
+        cert = load_certificate(pem)
+        if name.startswith("issuing-"):
+            ca = next((ca for role, ca in trust.issuing.items() if name == f"issuing-{role}" and role in ROLES), None)
+            found.expect(cert == ca, "an issuing CA stands under another role's name")
+            continue
+        try:
+            peer = _peer(trust, cert)
+        except ConsiloError as e:
+            found.append(f"a certificate is refused ({e.code})")
+            continue
+        if found.expect(peer.name == name, "a certificate stands under another name than its own"):
+            facts.peers[name] = peer
+    found.expect(set(trust.issuing) == set(ROLES), "the issuing CAs are not exactly those of sites and coordinator")
+    coordinators = sum(p.role is Role.COORDINATOR for p in facts.peers.values())
+    found.expect(coordinators == 1, "there is not exactly one coordinator")
+    return f"1 coordinator and {len(facts.peers) - coordinators} sites, each under the CA of its role"
+
+
+def _peer(trust: TrustStore, cert: x509.Certificate) -> Peer:
+    """The peer under the CA that issued it, at the first moment of its validity: statements carry no time."""
+    role = next((r for r in ROLES if r in trust.issuing and trust.issuing[r].subject == cert.issuer), Role.SITE)
+    links = [cert, trust.root, *([trust.issuing[role]] if role in trust.issuing else [])]
+    return trust.check(cert, role, usage="signing", at=max(link.not_valid_before_utc for link in links))
+
+
+def manifest(facts: Facts, found: Findings) -> str:
+    statement, _ = _open(facts, "manifest.json", MANIFEST)
+    listed = validate(Manifest, statement.predicate).files
+    there = {name for name in facts.raw.files if name != "manifest.json"}
+    found.expect(not there - listed.keys(), "there is a file that the manifest doesn't list")
+    found.expect(not listed.keys() - there, "a file that the manifest lists is missing")
+    changed = sorted(name for name in there & listed.keys() if facts.raw.sha256(name) != listed[name])
+    found.extend(f"{name} is not the file that the manifest lists" for name in changed)
+    run = validate(Manifest, statement.predicate)
+    contract = facts.raw.sha256("contract.json") if "contract.json" in there else ""
+    found.expect(run.contract == contract, "the manifest names another contract")
+    found.expect(statement.subject == (("contract.json", contract),), "the manifest's subject is another document")
+    return f"signed by the coordinator; {len(listed)} files are listed and unchanged"
+
+
+def statements(facts: Facts, found: Findings) -> str:
+    numbers = []
+    for path in facts.raw.files:
+        parts = statement_name(path)
+        if parts is None:
+            continue
+        number, kind, who = parts
+        numbers.append(number)
+        try:
+            statement, signer = _open(facts, path, KINDS[kind])
+            predicate = validate(KINDS[kind].model, statement.predicate)
+        except ConsiloError as e:
+            found.append(f"statement {number} is refused ({e.code})")
+            continue
+        named = getattr(predicate, "site", signer.name)
+        if (found.expect(signer.name == who, f"statement {number} stands under another name than its signer's")
+                and found.expect(named == signer.name, f"statement {number} speaks for another site than its signer")
+                and found.expect(_subject_holds(facts, statement, predicate),
+                                 f"statement {number} is about another subject than it says")):
+            facts.events.append(Event(path, who, predicate))
+    found.expect(numbers == list(range(1, len(numbers) + 1)), "the statements are not numbered 1, 2, 3, ...")
+    return f"{len(numbers)} statements, each signed by the role that its type needs"
+
+
+def _open(facts: Facts, path: str, kind: Kind) -> tuple[Statement, Peer]:
+    """Verify one envelope. Raises CheckFailed `statement.*`, `verify.no_statement`, `verify.type`."""
+    if path not in facts.raw.files:
+        raise CheckFailed("verify.no_statement", f"{path} is missing.", "Ask for the whole bundle.")
+    allowed = {p.fingerprint: p for p in facts.peers.values() if p.role == kind.role}
+    statement = open_envelope(facts.raw.files[path], {f: p.certificate for f, p in allowed.items()})
+    if statement.predicate_type != kind.predicate_type:
+        raise CheckFailed("verify.type", "A statement is of another type than its name.", "Ask for the bundle again.")
+    return statement, allowed[statement.signer]
+
+
+def _subject_holds(facts: Facts, statement: Statement, predicate: Predicate) -> bool:
+    """The in-toto subject is the document that the predicate names."""
+    match predicate:
+        case RoundSite():
+            wanted = predicate.transcript or predicate.masked
+        case Round():
+            wanted = predicate.adapter_out or predicate.adapter_in
+        case Closing():
+            path = f"ledgers/{predicate.site}.jsonl"
+            wanted = facts.raw.sha256(path) if path in facts.raw.files else ""
+        case Release():
+            wanted = predicate.adapter
+        case _:
+            wanted = predicate.contract
+    return {sha for _, sha in statement.subject} == {wanted}

@@ -1,0 +1,147 @@
+"""A valid small bundle made from scratch: a CA, three sites, three rounds and a void attempt; real signatures, ledgers
+and statements, random digests, no training. Each `Lie` changes one thing before it is signed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from privacy import ca
+from privacy.bundle import KINDS, BundleWriter
+from privacy.canonical import decimal
+from privacy.contract import Contract
+from privacy.identity import FileSigner, Role, create_request
+from privacy.ledger import Ledger
+from privacy.statements import make
+
+RUN = "ab" * 16
+SITES = ("clinic-a", "clinic-b", "clinic-c")
+ATTEMPTS = ((1, 0, True), (2, 0, False), (2, 1, True), (3, 0, True))  # round, attempt, done
+Edit = Callable[[str, dict[str, Any]], dict[str, Any] | None]  # (kind, predicate) -> what is signed; None: left out
+
+
+def sha(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@dataclass
+class Consortium:
+    """A CA folder and the signers of the coordinator and three sites; made once, shared by bundles."""
+
+    folder: Path
+    fingerprint: str = ""
+    signers: dict[str, FileSigner] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = ca.init(self.folder / "ca", "Test consortium")
+        for name in ("hub", *SITES):
+            self.enrol(name, Role.COORDINATOR if name == "hub" else Role.SITE)
+
+    def enrol(self, name: str, role: Role) -> FileSigner:
+        keys = self.folder / "keys" / name
+        request = create_request(keys, name, f"Organisation of {name}")
+        issued = ca.issue(self.folder / "ca", request, role, hosts=["localhost"] if role is Role.COORDINATOR else [])
+        self.signers[name] = FileSigner(keys / "sign.key", issued.folder / "sign.pem")
+        return self.signers[name]
+
+    def pem(self, name: str) -> bytes:
+        return (self.folder / "ca" / name).read_bytes()
+
+    def certificates(self) -> dict[str, bytes]:
+        return {name: self.pem(f"issued/{name}/sign.pem") for name in self.signers}
+
+
+def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
+    """Three sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`, and
+    `purpose`, change the contract around it."""
+    secagg = changes.pop("secagg", True)
+    purpose = changes.pop("purpose", "A test of evidence")
+    privacy = {"q": 0.5, "clip": 5.0, "epsilon": 8.0, "rounds": 3, "retries": 1, "local_steps": 2, **changes}
+    sigma = 0.0 if privacy.get("trust") == "none" else 3.0
+    return Contract.model_validate({
+        "run": RUN, "purpose": purpose, "code_version": "0.1.0",
+        "model": {"weights": sha("weights"), "tokenizer": sha("tokenizer")},
+        "data": {"name": "letters", "labels": ["no", "yes"]}, "lora": {}, "rule": {}, "privacy": privacy,
+        "secagg": {"enabled": secagg, "threshold": 3, "range": 1.0},
+        "sites": [{"name": n, "signer": signers[n].fingerprint, "n_decl": 1000, "delta": 1e-5, "sigma": sigma}
+                  for n in SITES]})
+
+
+def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = None, *, edit: Edit | None = None,
+                 cap: float = 10.0, spent_before: int = 0, seal: bool = True,
+                 ledger_mechanism: Callable[[Any], Any] = lambda m: m,
+                 signers: Mapping[str, FileSigner] | None = None,
+                 extract: Callable[[str, bytes], bytes] = lambda _, data: data) -> Path:
+    """Run the bookkeeping of a job and write its bundle. `edit` lies before signing; `ledger_mechanism` in the ledger;
+    `extract` in what a site shows of it; `spent_before`: rounds of an earlier run in every ledger."""
+    agreed = agreed or contract(parties.signers)
+    signers = signers or parties.signers
+    private, secagg = agreed.privacy.trust != "none", agreed.secagg.enabled
+    common = {"run": agreed.run, "contract": agreed.digest}
+    writer = BundleWriter(folder, agreed.run, agreed.to_bytes(), parties.pem("root.pem"),
+                          {r: parties.pem(f"issuing-{r}.pem") for r in ("site", "coordinator")}, parties.certificates())
+
+    def say(kind: str, who: str, subject: str, predicate: dict[str, Any]) -> None:
+        changed: dict[str, Any] | None = {**common, **predicate}
+        if edit is not None:
+            changed = edit(kind, dict(changed))
+        if changed is not None:
+            writer.add_statement(kind, who, make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed))
+
+    books: dict[str, Ledger] = {}
+    ledger_folder = folder.with_name(folder.name + "-ledgers")
+    ledger_folder.mkdir(exist_ok=True)
+    for name in SITES:
+        lineage = sha("lineage", name)[:32]
+        m = agreed.mechanism(name)
+        if private:
+            books[name] = Ledger.create(ledger_folder / f"{name}.jsonl", signers[name], lineage=lineage, unit=m.unit,
+                                        adjacency=m.adjacency, delta=m.delta, cap=cap)
+            for i in range(spent_before):
+                seq = books[name].reserve(m, run="cd" * 16, contract=sha("other"), round=i + 1, attempt=0,
+                                          code="0.1.0", approver="someone")
+                books[name].commit(seq, m.steps)
+        say("acceptance", name, agreed.digest, {
+            "site": name, "lineage": lineage if private else "", "cap": decimal(cap) if private else "",
+            "delta": decimal(m.delta), "trust": m.trust, "approver": f"officer of {name}",
+            "policy": sha("policy", name)})
+    adapter = sha("adapter", 0)
+    for round_, attempt, done in ATTEMPTS:
+        transcript = sha("T3", round_, attempt) if secagg else ""
+        where = {"round": round_, "attempt": attempt}
+        for name in SITES:
+            m = agreed.mechanism(name)
+            seq, head, spent = 0, "", ""
+            if private:
+                at = books[name].reserve(ledger_mechanism(m), run=agreed.run, contract=agreed.digest, code="0.1.0",
+                                         approver=f"officer of {name}", **where)
+                books[name].commit(at, m.steps)
+                (seq, head), spent = books[name].head, decimal(books[name].epsilon())
+            masked = sha("y", name, round_, attempt)
+            say("round-site", name, transcript or masked, {
+                "site": name, **where, "adapter_in": adapter, "transcript": transcript, "masked": masked,
+                "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
+                "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
+        out = sha("adapter", round_) if done else ""
+        say("round", "hub", out or adapter, {
+            **where, "outcome": "done" if done else "void", "reason": "" if done else "round.too_few",
+            "sites": list(SITES) if done else [], "adapter_in": adapter, "adapter_out": out, "transcript": transcript})
+        adapter = out or adapter
+    for name, book in books.items():
+        book.close_run(agreed.run)
+        data = extract(name, book.extract(agreed.run))
+        writer.add_ledger(name, data)
+        say("closing", name, hashlib.sha256(data).hexdigest(), {
+            "site": name, "lineage": book.lineage, "records": book.head.seq + 1, "ledger_seq": book.head.seq,
+            "ledger_head": book.head.hash, "epsilon": decimal(book.epsilon()), "delta": decimal(book.delta),
+            "cap": decimal(book.cap)})
+        book.close()
+    say("release", "hub", adapter, {
+        "adapter": adapter, "rounds": sum(done for *_, done in ATTEMPTS), "metric_name": "accuracy",
+        "metric_before": "0.5", "metric_after": "0.81", "split": "public test", "units": 400})
+    if seal:
+        writer.seal(signers["hub"])
+    return folder
