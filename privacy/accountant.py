@@ -233,7 +233,8 @@ def _compose(steps: Sequence[_Step], counts: Sequence[int], window: tuple[int, i
     start = sum(n * s.first for s, n in zip(steps, counts, strict=True))
     pmf = np.roll(irfft(spectrum, size), (start - first) % size)
     # |error|_1 <= sqrt(size) |error|_2, and each factor of the spectrum is off by about log2(size) ulp.
-    rounding = 4 * np.finfo(float).eps * math.log2(size) * sum(counts) * float(np.linalg.norm(spectrum) + 1)
+    energy = float((spectrum.real**2 + spectrum.imag**2).sum())
+    rounding = 4 * np.finfo(float).eps * math.log2(size) * sum(counts) * (1 + math.sqrt(energy))
     infinity = sum(n * s.infinity for s, n in zip(steps, counts, strict=True))
     return _Loss(first, np.maximum(pmf, 0), infinity + _TAIL + rounding)
 
@@ -256,7 +257,7 @@ def _hockey_stick(loss: _Loss, eps: float, h: float) -> float:
     """infinity + sum over losses l > eps of (1 - exp(eps - l)) pmf(l)."""
     losses = np.arange(loss.first, loss.first + len(loss.pmf)) * h
     above = losses > eps
-    return min(1.0, loss.infinity + float(-np.expm1(eps - losses[above]) @ loss.pmf[above]))
+    return min(1.0, loss.infinity + float((-np.expm1(eps - losses[above]) * loss.pmf[above]).sum()))
 
 
 def _invert(loss: _Loss, delta: float, h: float) -> float:
@@ -271,10 +272,10 @@ def _invert(loss: _Loss, delta: float, h: float) -> float:
     def above(k: int) -> Array:
         return loss.pmf[max(k + 1 - loss.first, 0):]
 
-    def at(k: int) -> float:  # k >= 0: the weights depend on the distance alone
+    def at(k: int) -> float:  # without BLAS, whose threads cost more than they bring here
         tail = above(k)
         skipped = last - k - len(tail)
-        return loss.infinity + float(weights[skipped:last - k] @ tail)
+        return loss.infinity + float((weights[skipped:last - k] * tail).sum())
 
     if at(0) <= delta:
         return 0.0
