@@ -187,7 +187,7 @@ def revoke(folder: Path, name: str) -> int:
 
 
 def refresh_crls(folder: Path) -> None:
-    """Sign each role's revocation list anew: good for 30 days. Raises Refused `file.leased`; UsageError `ca.missing`."""
+    """Sign each role's revocation list anew, for 30 days. Raises Refused `file.leased`; UsageError `ca.missing`."""
     with _locked(folder):
         _write_crls(folder, _load(folder))
 
