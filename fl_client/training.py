@@ -1,0 +1,76 @@
+"""Local training: the site's records, the model loaded once, and one DP-SGD round on request.
+
+`LocalTrainer` runs in the warm child process (`trainer.py`) or, in simulations, in this process: same code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fl_client.data import load_records
+from privacy.contract import Contract
+from privacy.dpsgd import PerSampleGradients, noisy_mean
+from privacy.errors import Refused
+from strategies.adapter import AdapterSpec, Tensors
+from strategies.model import build
+from strategies.rules import rule
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Trainer(Protocol):
+    """What the round needs of training."""
+
+    spec: AdapterSpec
+
+    def train(self, adapter: Tensors) -> NDArray[np.float32]: ...
+
+
+class LocalTrainer:
+    """Raises at construction: Refused `model.digest`, `data.floor`; UsageError from model, data and DP coverage."""
+
+    def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str) -> None:
+        self._terms, self._mechanism = contract.privacy, contract.mechanism(site)
+        self._local_lr = contract.rule.local_lr
+        records = load_records(data, contract.data.labels, text=text, label=label)
+        if len(records) < contract.data.floor:
+            raise Refused("data.floor", "The site has fewer units than the contract's floor.",
+                          "Take no part in this contract, or ask for a lower floor.")
+        self._units = len(records)
+        classifier = build(model, contract)
+        self._classifier = classifier
+        combine = rule(contract.rule.name, secure=contract.secagg.enabled)
+        self.spec = classifier.spec(combine.trains)
+        batch = classifier.encode(records.texts)
+        labels, valid = _as_tensors(records.labels, records.valid)
+
+        def losses(rows: NDArray[np.int64]) -> torch.Tensor:
+            import torch
+
+            logits = classifier.module(batch.take(rows))
+            each = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
+            return each * valid[rows]  # an invalid record has a zero gradient
+
+        trained = {n: p for n, p in classifier.parameters.items() if n in self.spec.trained}
+        self._grads = PerSampleGradients(classifier.module, trained, losses)
+
+    def train(self, adapter: Tensors) -> NDArray[np.float32]:
+        """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""
+        tensors, total = dict(adapter), np.zeros(self.spec.dim, np.float32)
+        for _ in range(self._mechanism.steps):
+            self._classifier.load(tensors)
+            mean = noisy_mean(self._grads, self._units, self._mechanism, self._terms.physical_batch)
+            total = total - (self._local_lr * mean).astype(np.float32)
+            tensors = self.spec.add(adapter, total)
+        return total
+
+
+def _as_tensors(labels: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    return torch.from_numpy(labels), torch.from_numpy(valid.astype(np.float32))
