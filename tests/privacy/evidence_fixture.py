@@ -20,6 +20,8 @@ from privacy.statements import make
 RUN = "ab" * 16
 SITES = ("clinic-a", "clinic-b", "clinic-c")
 ATTEMPTS = ((1, 0, True), (2, 0, False), (2, 1, True), (3, 0, True))  # round, attempt, done
+SUBJECTS = {"acceptance": ["contract"], "round-site": ["transcript", "masked"], "round": ["adapter_out", "adapter_in"],
+            "release": ["adapter"]}  # the first field that isn't empty
 Edit = Callable[[str, dict[str, Any]], dict[str, Any] | None]  # (kind, predicate) -> what is signed; None: left out
 
 
@@ -84,11 +86,12 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
     writer = BundleWriter(folder, agreed.run, agreed.to_bytes(), parties.pem("root.pem"),
                           {r: parties.pem(f"issuing-{r}.pem") for r in ("site", "coordinator")}, parties.certificates())
 
-    def say(kind: str, who: str, subject: str, predicate: dict[str, Any]) -> None:
+    def say(kind: str, who: str, predicate: dict[str, Any], subject: str = "") -> None:
         changed: dict[str, Any] | None = {**common, **predicate}
         if edit is not None:
             changed = edit(kind, dict(changed))
         if changed is not None:
+            subject = subject or next(changed[k] for k in SUBJECTS[kind] if changed[k])
             writer.add_statement(kind, who, make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed))
 
     books: dict[str, Ledger] = {}
@@ -104,7 +107,7 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                 seq = books[name].reserve(m, run="cd" * 16, contract=sha("other"), round=i + 1, attempt=0,
                                           code="0.1.0", approver="someone")
                 books[name].commit(seq, m.steps)
-        say("acceptance", name, agreed.digest, {
+        say("acceptance", name, {
             "site": name, "lineage": lineage if private else "", "cap": decimal(cap) if private else "",
             "delta": decimal(m.delta), "trust": m.trust, "approver": f"officer of {name}",
             "policy": sha("policy", name)})
@@ -121,12 +124,12 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                 books[name].commit(at, m.steps)
                 (seq, head), spent = books[name].head, decimal(books[name].epsilon())
             masked = sha("y", name, round_, attempt)
-            say("round-site", name, transcript or masked, {
+            say("round-site", name, {
                 "site": name, **where, "adapter_in": adapter, "transcript": transcript, "masked": masked,
                 "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
                 "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
         out = sha("adapter", round_) if done else ""
-        say("round", "hub", out or adapter, {
+        say("round", "hub", {
             **where, "outcome": "done" if done else "void", "reason": "" if done else "round.too_few",
             "sites": list(SITES) if done else [], "adapter_in": adapter, "adapter_out": out, "transcript": transcript})
         adapter = out or adapter
@@ -134,14 +137,29 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
         book.close_run(agreed.run)
         data = extract(name, book.extract(agreed.run))
         writer.add_ledger(name, data)
-        say("closing", name, hashlib.sha256(data).hexdigest(), {
+        say("closing", name, {
             "site": name, "lineage": book.lineage, "records": book.head.seq + 1, "ledger_seq": book.head.seq,
             "ledger_head": book.head.hash, "epsilon": decimal(book.epsilon()), "delta": decimal(book.delta),
-            "cap": decimal(book.cap)})
+            "cap": decimal(book.cap)}, hashlib.sha256(data).hexdigest())
         book.close()
-    say("release", "hub", adapter, {
+    say("release", "hub", {
         "adapter": adapter, "rounds": sum(done for *_, done in ATTEMPTS), "metric_name": "accuracy",
         "metric_before": "0.5", "metric_after": "0.81", "split": "public test", "units": 400})
     if seal:
         writer.seal(signers["hub"])
     return folder
+
+
+def reseal(folder: Path, parties: Consortium) -> Path:
+    """What a lying coordinator does after changing files: sign a manifest of what is there now."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    certificates = {p.stem: p.read_bytes() for p in (folder / "certificates").iterdir()}
+    root = certificates.pop("root")
+    writer = BundleWriter(folder, RUN, (folder / "contract.json").read_bytes(), root, {}, certificates)
+    writer.seal(parties.signers["hub"])
+    return folder
+
+
+def statement_path(folder: Path, kind: str, who: str, index: int = 0) -> Path:
+    """The index-th statement of that kind by that signer."""
+    return sorted((folder / "statements").glob(f"[0-9][0-9][0-9][0-9][0-9][0-9]-{kind}-{who}.json"))[index]

@@ -1,0 +1,470 @@
+"""Verification of run bundles: what holds passes, and each planted lie fails at the step whose rule it breaks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evidence_fixture import RUN, SITES, Consortium, contract, reseal, sha, statement_path, write_bundle
+
+import privacy.bundle
+import privacy.ledger
+from privacy.bundle import BundleWriter, read_bundle
+from privacy.errors import CheckFailed, ConsiloError, Refused, UsageError
+from privacy.identity import Role
+from privacy.verify import Verdict, verify_bundle
+
+CANARY = "canary-7f3a"
+
+
+@pytest.fixture(scope="module")
+def parties(tmp_path_factory: pytest.TempPathFactory) -> Consortium:
+    return Consortium(tmp_path_factory.mktemp("consortium"))
+
+
+@pytest.fixture(scope="module")
+def good(parties: Consortium, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("good") / "bundle", parties)
+
+
+@pytest.fixture
+def copy(good: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(good, tmp_path / "copy"))
+
+
+def failed(verdict: Verdict) -> set[str]:
+    return {step.name for step in verdict.steps if not step.ok}
+
+
+def assert_fails(verdict: Verdict, step: str, words: str = "") -> None:
+    assert verdict.verdict == "FAIL"
+    assert step in failed(verdict), verdict.as_dict()
+    detail = next(s.detail for s in verdict.steps if s.name == step)
+    assert words in detail, detail
+    assert CANARY not in json.dumps(verdict.as_dict())
+
+
+def change(kind: str, match: dict[str, Any] | None = None, **fields: Any) -> Callable[..., dict[str, Any] | None]:
+    """An edit: in statements of that kind that match, set fields. `drop=True` leaves the statement out."""
+    drop = fields.pop("drop", False)
+
+    def edit(this: str, predicate: dict[str, Any]) -> dict[str, Any] | None:
+        if this != kind or any(predicate.get(k) != v for k, v in (match or {}).items()):
+            return predicate
+        return None if drop else {**predicate, **fields}
+
+    return edit
+
+
+# What holds ----------------------------------------------------------------------------------------------------------
+
+def test_valid_bundle_passes(good: Path, parties: Consortium) -> None:
+    verdict = verify_bundle(good, parties.fingerprint)
+    assert (verdict.verdict, verdict.anchored, failed(verdict)) == ("PASS", True, set())
+    assert [s.name for s in verdict.steps] == ["files", "anchor", "certificates", "manifest", "statements", "contract",
+                                               "rounds", "ledgers", "epsilon", "release"]
+    assert set(verdict.as_dict()) == {"verdict", "anchored", "steps"}
+    assert set(verdict.as_dict()["steps"][0]) == {"name", "ok", "detail"}
+
+
+def test_fingerprint_as_openssl_prints_it(good: Path, parties: Consortium) -> None:
+    text = ":".join(parties.fingerprint[i:i + 2] for i in range(0, 64, 2)).upper()
+    assert verify_bundle(good, text).verdict == "PASS"
+
+
+def test_unanchored_without_fingerprint(good: Path) -> None:
+    verdict = verify_bundle(good)
+    assert (verdict.verdict, verdict.anchored) == ("UNANCHORED", False)
+
+
+def test_other_fingerprint(good: Path) -> None:
+    verdict = verify_bundle(good, "0" * 64)
+    assert_fails(verdict, "anchor")
+    assert not verdict.anchored
+
+
+def test_malformed_fingerprint_is_a_usage_error(good: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"verify\.fingerprint"):
+        verify_bundle(good, "abc")
+    with pytest.raises(UsageError, match=r"bundle\.missing"):
+        verify_bundle(tmp_path / "nowhere")
+
+
+def test_lineage_with_an_earlier_run_shows_commitments(parties: Consortium, tmp_path: Path) -> None:
+    verdict = verify_bundle(write_bundle(tmp_path / "b", parties, spent_before=2), parties.fingerprint)
+    assert verdict.verdict == "PASS"
+    assert "commitments" in verdict.steps[8].detail
+
+
+def test_non_private_run_says_so(parties: Consortium, tmp_path: Path) -> None:
+    agreed = contract(parties.signers, trust="none", epsilon=None)
+    verdict = verify_bundle(write_bundle(tmp_path / "b", parties, agreed), parties.fingerprint)
+    assert verdict.verdict == "PASS"
+    assert all("NON-PRIVATE" in verdict.steps[i].detail for i in (5, 7, 8))
+
+
+def test_secure_aggregation_off_says_so(parties: Consortium, tmp_path: Path) -> None:
+    verdict = verify_bundle(write_bundle(tmp_path / "b", parties, contract(parties.signers, secagg=False)),
+                            parties.fingerprint)
+    assert verdict.verdict == "PASS"
+    assert "INDIVIDUAL UPDATES VISIBLE" in verdict.steps[6].detail
+
+
+def test_job_that_ended_early(parties: Consortium, tmp_path: Path) -> None:
+    agreed = contract(parties.signers, rounds=9)
+    verdict = verify_bundle(write_bundle(tmp_path / "b", parties, agreed), parties.fingerprint)
+    assert verdict.verdict == "PASS"
+    assert "ended early" in verdict.steps[6].detail
+
+
+# Lies told before signing --------------------------------------------------------------------------------------------
+
+LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "epsilon understated in closing": (change("closing", {"site": "clinic-a"}, epsilon="0.5"), "epsilon", "clinic-a"),
+    "epsilon understated in a round": (change("round-site", {"round": 3}, epsilon="0.1"), "epsilon", "understates"),
+    "closing names another cap": (change("closing", cap="99.0"), "ledgers", "cap"),
+    "closing hides a record": (change("closing", {"site": "clinic-b"}, records=9), "ledgers", "clinic-b"),
+    "sigma other than the contract's": (change("round-site", {"round": 1}, sigma="1.0"), "rounds", "mechanism"),
+    "n_decl other than the contract's": (change("round-site", {"round": 1}, n_decl=1001), "rounds", "mechanism"),
+    "site statement left out": (change("round-site", {"site": "clinic-b", "round": 2}, drop=True), "rounds", "clinic-b"),
+    "round left out": (change("round", {"round": 2, "outcome": "done"}, drop=True), "rounds", "round 2, attempt 1"),
+    "void attempt left out": (change("round", {"outcome": "void"}, drop=True), "rounds", "round 2, attempt 0"),
+    "void attempt with a result": (change("round", {"outcome": "void"}, sites=list(SITES)), "rounds", "void"),
+    "round from another adapter": (change("round", {"round": 3}, adapter_in=sha("x")), "rounds", "another adapter"),
+    "site trained from another adapter": (change("round-site", {"round": 3, "site": "clinic-c"}, adapter_in=sha("x")),
+                                          "rounds", "clinic-c"),
+    "different transcripts shown to sites": (change("round-site", {"round": 1, "site": "clinic-c"},
+                                                    transcript=sha("other")), "rounds", "transcript"),
+    "contributor left out of the sum": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b"]), "rounds",
+                                        "threshold"),
+    "site counted twice": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b", "clinic-b"]), "rounds", "twice"),
+    "ledger head of nowhere": (change("round-site", {"round": 2}, ledger_head=sha("x")), "ledgers", "head"),
+    "acceptance left out": (change("acceptance", {"site": "clinic-a"}, drop=True), "contract", "clinic-a"),
+    "acceptance of another cap": (change("acceptance", {"site": "clinic-a"}, cap="3.0"), "ledgers", "acceptance"),
+    "acceptance of no privacy": (change("acceptance", {"site": "clinic-a"}, trust="none"), "contract", "clinic-a"),
+    "approver exchanged": (change("acceptance", {"site": "clinic-a"}, approver=CANARY), "ledgers", "approver"),
+    "another contract in one statement": (change("round", {"round": 3}, contract=sha("x")), "contract", "another"),
+    "another run in one statement": (change("round", {"round": 3}, run="00" * 16), "contract", "another run"),
+    "closing left out": (change("closing", {"site": "clinic-a"}, drop=True), "ledgers", "closed the run"),
+    "another adapter released": (change("release", adapter=sha("x")), "release", "last round"),
+    "release left out": (change("release", drop=True), "release", "exactly one"),
+    "speaking for another site": (change("round-site", {"site": "clinic-a", "round": 1}, site="clinic-b"), "statements",
+                                  "another site"),
+    "unknown field": (change("release", **{CANARY: 1}), "statements", "config.unknown_key"),
+    "number as an integer": (change("round-site", {"round": 1}, sigma=3), "statements", "config.invalid"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lie(lie: str, parties: Consortium, tmp_path: Path) -> None:
+    edit, step, words = LIES[lie]
+    assert_fails(verify_bundle(write_bundle(tmp_path / "b", parties, edit=edit), parties.fingerprint), step, words)
+
+
+def test_other_noise_in_the_ledger(parties: Consortium, tmp_path: Path) -> None:
+    weak = write_bundle(tmp_path / "b", parties, ledger_mechanism=lambda m: dataclasses.replace(m, sigma=2.0))
+    assert_fails(verify_bundle(weak, parties.fingerprint), "ledgers", "another mechanism")
+
+
+def test_ledger_with_a_flattering_accountant(parties: Consortium, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    real = privacy.ledger.epsilon
+    monkeypatch.setattr(privacy.ledger, "epsilon", lambda releases, delta: real(releases, delta) / 2.5)
+    bundle = write_bundle(tmp_path / "b", parties)
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "claims less epsilon")
+
+
+def test_more_spent_than_the_contract_allows(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, epsilon=0.5))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "contract's epsilon")
+
+
+def test_epsilon_claimed_without_privacy(parties: Consortium, tmp_path: Path) -> None:
+    agreed = contract(parties.signers, trust="none", epsilon=None)
+    bundle = write_bundle(tmp_path / "b", parties, agreed, edit=change("round-site", epsilon="1.0"))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "non-private")
+
+
+def test_coordinator_statement_signed_by_a_site(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, signers={**parties.signers, "hub": parties.signers["clinic-a"]})
+    verdict = verify_bundle(bundle, parties.fingerprint)
+    assert_fails(verdict, "statements", "statement.key")
+    assert_fails(verdict, "manifest", "statement.key")
+
+
+def test_signed_under_another_ca(parties: Consortium, tmp_path: Path) -> None:
+    other = Consortium(tmp_path / "other")
+    bundle = write_bundle(tmp_path / "b", parties, signers={**parties.signers, "clinic-a": other.signers["clinic-a"]})
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "statements", "statement.key")
+    shutil.copy(other.folder / "ca/issued/clinic-a/sign.pem", bundle / "certificates/clinic-a.pem")
+    assert_fails(verify_bundle(reseal(bundle, parties), parties.fingerprint), "certificates", "identity.untrusted")
+
+
+def test_whole_bundle_of_another_ca(parties: Consortium, tmp_path: Path) -> None:
+    other = Consortium(tmp_path / "other")
+    bundle = write_bundle(tmp_path / "b", other)
+    verdict = verify_bundle(bundle, parties.fingerprint)
+    assert failed(verdict) == {"anchor"}
+    assert verify_bundle(bundle).verdict == "UNANCHORED"
+
+
+def test_surplus_certificate(parties: Consortium, tmp_path: Path) -> None:
+    crowd = Consortium(tmp_path / "crowd")
+    agreed = contract(crowd.signers)
+    crowd.enrol("clinic-d", Role.SITE)
+    assert_fails(verify_bundle(write_bundle(tmp_path / "b", crowd, agreed), crowd.fingerprint), "contract", "sites")
+    crowd.enrol("hub-2", Role.COORDINATOR)
+    assert_fails(verify_bundle(write_bundle(tmp_path / "c", crowd, agreed), crowd.fingerprint), "certificates",
+                 "exactly one coordinator")
+
+
+# Ledgers that a site tampers with, and signs for -----------------------------------------------------------------------
+
+def _lines(edit: Callable[[list[bytes]], list[bytes]]) -> Callable[[str, bytes], bytes]:
+    return lambda site, data: b"".join(edit(data.splitlines(keepends=True))) if site == "clinic-b" else data
+
+
+def _as_commitment(line: bytes) -> bytes:
+    record = json.loads(line)
+    return b'{"hash":"%s","seq":%d}\n' % (record["hash"].encode(), record["body"]["seq"])
+
+
+LEDGERS: dict[str, Callable[[list[bytes]], list[bytes]]] = {
+    "record edited": lambda rows: [rows[0], rows[1].replace(b'"planned_steps":2', b'"planned_steps":1'), *rows[2:]],
+    "record removed": lambda rows: [*rows[:3], *rows[5:]],
+    "records reordered": lambda rows: [*rows[:3], rows[5], rows[6], rows[3], rows[4], *rows[7:]],
+    "tail cut off": lambda rows: rows[:-3],
+    "closing record cut off": lambda rows: rows[:-1],
+    "reserve hidden as a commitment": lambda rows: [*rows[:3], _as_commitment(rows[3]), *rows[4:]],
+    "charge hidden as commitments": lambda rows: [*rows[:3], *map(_as_commitment, rows[3:5]), *rows[5:]],
+    "all hidden as commitments": lambda rows: [rows[0], *map(_as_commitment, rows[1:])],
+    "first record hidden": lambda rows: [_as_commitment(rows[0]), *rows[1:]],
+    "record repeated": lambda rows: [*rows[:3], rows[2], *rows[3:]],
+    "garbage appended": lambda rows: [*rows, b"{}\n"],
+    "emptied": lambda rows: [],
+}
+
+
+@pytest.mark.parametrize("lie", LEDGERS)
+def test_ledger(lie: str, parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, extract=_lines(LEDGERS[lie]))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "ledgers", "clinic-b")
+
+
+def test_ledger_of_another_site(copy: Path, parties: Consortium) -> None:
+    shutil.copy(copy / "ledgers/clinic-a.jsonl", copy / "ledgers/clinic-b.jsonl")
+    verdict = verify_bundle(reseal(copy, parties), parties.fingerprint)
+    assert_fails(verdict, "statements", "another subject")
+    assert_fails(verdict, "ledgers")
+
+
+# Files changed afterwards, by someone without and with the coordinator's key -------------------------------------------
+
+def test_statement_edited(copy: Path, parties: Consortium) -> None:
+    path = statement_path(copy, "round-site", "clinic-a")
+    path.write_bytes(path.read_bytes().replace(b'"payload":"e', b'"payload":"f'))
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", path.name)
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "statements")
+
+
+def test_statement_deleted(copy: Path, parties: Consortium) -> None:
+    statement_path(copy, "round", "hub", 1).unlink()
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", "missing")
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "statements", "numbered")
+
+
+def test_older_statement_repeated(copy: Path, parties: Consortium) -> None:
+    shutil.copy(statement_path(copy, "round", "hub"), copy / "statements/000024-round-hub.json")
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", "doesn't list")
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "rounds", "repeated")
+
+
+def test_statement_under_another_name(copy: Path, parties: Consortium) -> None:
+    path = statement_path(copy, "round-site", "clinic-a")
+    path.rename(path.with_name(path.name.replace("clinic-a", "clinic-b")))
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "statements", "another name")
+
+
+def test_contract_swapped(copy: Path, parties: Consortium) -> None:
+    (copy / "contract.json").write_bytes(contract(parties.signers, purpose=CANARY).to_bytes())
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "contract", "another contract")
+
+
+@pytest.mark.parametrize("name", ["contract.json", "manifest.json", "statements/000001-acceptance-clinic-a.json"])
+def test_duplicated_json_key(copy: Path, parties: Consortium, name: str) -> None:
+    text = (copy / name).read_text()
+    (copy / name).write_text("{" + '"payloadType":"' + CANARY + '",' + text[1:] if "contract" not in name else
+                             "{" + '"purpose":"' + CANARY + '",' + text[1:])
+    step = {"contract.json": "contract", "manifest.json": "manifest"}.get(name, "statements")
+    assert_fails(verify_bundle(copy, parties.fingerprint), step)
+
+
+def test_extra_file(copy: Path, parties: Consortium) -> None:
+    shutil.copy(copy / "ledgers/clinic-a.jsonl", copy / "ledgers/clinic-x.jsonl")
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", "doesn't list")
+
+
+@pytest.mark.parametrize("name", ["contract.json", "certificates/root.pem", "ledgers/clinic-a.jsonl", "manifest.json",
+                                  "certificates/issuing-site.pem", "certificates/hub.pem"])
+def test_missing_file(copy: Path, parties: Consortium, name: str) -> None:
+    (copy / name).unlink()
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest")
+
+
+# Folders made to hurt the reader ---------------------------------------------------------------------------------------
+
+def _link(folder: Path) -> None:
+    (folder / "contract.json").rename(folder.parent / "contract.json")
+    (folder / "contract.json").symlink_to(folder.parent / "contract.json")
+
+
+def _linked_folder(folder: Path) -> None:
+    shutil.move(folder / "ledgers", folder.parent / "elsewhere")
+    (folder / "ledgers").symlink_to(folder.parent / "elsewhere")
+
+
+def _huge(folder: Path) -> None:
+    with (folder / "ledgers/clinic-a.jsonl").open("ab") as file:
+        file.truncate(1 << 40)
+
+
+HOSTILE: dict[str, Callable[[Path], None]] = {
+    "symlink": _link,
+    "linked folder": _linked_folder,
+    "huge file": _huge,
+    "fifo": lambda f: os.mkfifo(f / "ledgers/clinic-x.jsonl"),
+    "strange name": lambda f: (f / f"<script>{CANARY}").write_text(""),
+    "name with a newline": lambda f: (f / f"statements/000099-round-hub.json\n{CANARY}").write_text(""),
+    "folder": lambda f: (f / CANARY).mkdir(),
+    "nested folder": lambda f: (f / "ledgers" / CANARY).mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_folder(what: str, copy: Path, parties: Consortium) -> None:
+    HOSTILE[what](copy)
+    verdict = verify_bundle(copy, parties.fingerprint)
+    assert_fails(verdict, "files")
+    assert not verdict.anchored
+    assert not any(step.ok for step in verdict.steps)
+
+
+def test_too_many_files_and_bytes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(privacy.bundle, "MAX_FILES", 20)
+    with pytest.raises(CheckFailed, match=r"bundle\.limits"):
+        read_bundle(copy)
+    monkeypatch.undo()
+    monkeypatch.setattr(privacy.bundle, "MAX_BUNDLE_BYTES", 5000)
+    assert_fails(verify_bundle(copy), "files", "bundle.limits")
+
+
+def test_an_unforeseen_error_is_a_finding(good: Path, parties: Consortium, monkeypatch: pytest.MonkeyPatch) -> None:
+    def boom(*_: object) -> None:
+        raise RuntimeError(CANARY)
+
+    monkeypatch.setattr("privacy.verify_run.check_extract", boom)
+    assert_fails(verify_bundle(good, parties.fingerprint), "ledgers", "verify.RuntimeError")
+
+
+def _mutate(rng: random.Random, folder: Path, other: Path, names: list[str]) -> None:
+    """Flip, cut, append, swap with another file, or take the same file from another valid bundle; never a no-op."""
+    name = rng.choice(names)
+    data = (folder / name).read_bytes()
+    new = data
+    while new == data:
+        at = rng.randrange(len(data))
+        match rng.randrange(5):
+            case 0:
+                new = data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+            case 1:
+                new = data[:at]
+            case 2:
+                new = data + bytes([rng.randrange(256)])
+            case 3:
+                new = (folder / rng.choice(names)).read_bytes()
+            case _:
+                new = (other / name).read_bytes() if (other / name).exists() else data
+    (folder / name).write_bytes(new)
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+def test_random_mutations_never_pass(resealed: bool, good: Path, parties: Consortium, tmp_path: Path) -> None:
+    other = write_bundle(tmp_path / "other", parties, contract(parties.signers, purpose="Another purpose"))
+    names = list(read_bundle(good).files)
+    if resealed:  # a certificate's PEM may change its line breaks, and the new manifest is good by construction
+        names = [n for n in names if n != "manifest.json" and not n.startswith("certificates/")]
+    folder = tmp_path / "copy"
+    for seed in range(60 if resealed else 150):
+        shutil.copytree(good, folder)
+        _mutate(random.Random(seed), folder, other, names)
+        if resealed:
+            reseal(folder, parties)
+        assert verify_bundle(folder, parties.fingerprint).verdict == "FAIL", seed
+        shutil.rmtree(folder)
+
+
+# Writing ---------------------------------------------------------------------------------------------------------------
+
+def _writer(folder: Path, parties: Consortium, **changes: Any) -> BundleWriter:
+    agreed = contract(parties.signers, **changes)
+    return BundleWriter(folder, RUN, agreed.to_bytes(), parties.pem("root.pem"), {}, parties.certificates())
+
+
+def test_writer_goes_on_after_a_kill(parties: Consortium, tmp_path: Path) -> None:
+    first = _writer(tmp_path / "b", parties)
+    assert first.add_statement("round", "hub", b"one") == "statements/000001-round-hub.json"
+    (tmp_path / "b/statements/.000002-round-hub.json.77.tmp").write_bytes(b"tor")
+    second = _writer(tmp_path / "b", parties)
+    assert second.add_statement("round", "hub", b"one") == "statements/000001-round-hub.json"
+    assert second.add_statement("round-site", "clinic-a", b"two") == "statements/000002-round-site-clinic-a.json"
+    assert len(list((tmp_path / "b/statements").iterdir())) == 2
+
+
+def test_writer_refuses(parties: Consortium, good: Path, tmp_path: Path) -> None:
+    def code(act: Callable[[], object]) -> str:
+        with pytest.raises(ConsiloError) as caught:
+            act()
+        return caught.value.code
+
+    writer = _writer(tmp_path / "b", parties)
+    assert code(lambda: _writer(tmp_path / "b", parties, purpose="Another")) == "bundle.other_run"
+    assert code(lambda: _writer(good, parties)) == "bundle.sealed"
+    assert code(lambda: writer.add_statement("round", "../x", b"")) == "bundle.name"
+    assert code(lambda: writer.add_statement("rumour", "hub", b"1")) == "bundle.name"
+    assert code(lambda: writer.add_statement("round", "site-a", b"2")) == "bundle.name"
+    assert code(lambda: writer.add_ledger("../../x", b"")) == "bundle.name"
+    writer.seal(parties.signers["hub"])
+    with pytest.raises(Refused, match=r"bundle\.sealed"):
+        writer.add_ledger("clinic-a", b"")
+
+
+# Without the heavy stack -------------------------------------------------------------------------------------------------
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "flwr", "hydra", "omegaconf", "opacus", "dp_accounting", "transformers"}:
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Block())
+import socket
+socket.socket.connect = None
+from pathlib import Path
+"""
+
+
+def test_verifies_without_torch_flower_hydra_or_network(good: Path, parties: Consortium) -> None:
+    code = BLOCK + ("from privacy.verify import verify_bundle\n"
+                    "print(verify_bundle(Path(sys.argv[1]), sys.argv[2]).verdict, 'matplotlib' in sys.modules)")
+    out = subprocess.run([sys.executable, "-c", code, str(good), parties.fingerprint], capture_output=True, text=True,
+                         check=True, cwd=Path(privacy.bundle.__file__).parent.parent)
+    assert out.stdout.split() == ["PASS", "False"]
