@@ -135,7 +135,8 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "closing hides a record": (change("closing", {"site": "clinic-b"}, records=9), "ledgers", "clinic-b"),
     "sigma other than the contract's": (change("round-site", {"round": 1}, sigma="1.0"), "rounds", "mechanism"),
     "n_decl other than the contract's": (change("round-site", {"round": 1}, n_decl=1001), "rounds", "mechanism"),
-    "site statement left out": (change("round-site", {"site": "clinic-b", "round": 2}, drop=True), "rounds", "clinic-b"),
+    "site statement left out": (change("round-site", {"site": "clinic-b", "round": 2}, drop=True), "rounds",
+                                "clinic-b"),
     "round left out": (change("round", {"round": 2, "outcome": "done"}, drop=True), "rounds", "round 2, attempt 1"),
     "void attempt left out": (change("round", {"outcome": "void"}, drop=True), "rounds", "round 2, attempt 0"),
     "void attempt with a result": (change("round", {"outcome": "void"}, sites=list(SITES)), "rounds", "void"),
@@ -146,7 +147,8 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
                                                     transcript=sha("other")), "rounds", "transcript"),
     "contributor left out of the sum": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b"]), "rounds",
                                         "threshold"),
-    "site counted twice": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b", "clinic-b"]), "rounds", "twice"),
+    "site counted twice": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b", "clinic-b"]), "rounds",
+                           "twice"),
     "ledger head of nowhere": (change("round-site", {"round": 2}, ledger_head=sha("x")), "ledgers", "head"),
     "acceptance left out": (change("acceptance", {"site": "clinic-a"}, drop=True), "contract", "clinic-a"),
     "acceptance of another cap": (change("acceptance", {"site": "clinic-a"}, cap="3.0"), "ledgers", "acceptance"),
@@ -227,7 +229,7 @@ def test_surplus_certificate(parties: Consortium, tmp_path: Path) -> None:
                  "exactly one coordinator")
 
 
-# Ledgers that a site tampers with, and signs for -----------------------------------------------------------------------
+# Ledgers that a site tampers with, and signs for ---------------------------------------------------------------------
 
 def _lines(edit: Callable[[list[bytes]], list[bytes]]) -> Callable[[str, bytes], bytes]:
     return lambda site, data: b"".join(edit(data.splitlines(keepends=True))) if site == "clinic-b" else data
@@ -267,7 +269,7 @@ def test_ledger_of_another_site(copy: Path, parties: Consortium) -> None:
     assert_fails(verdict, "ledgers")
 
 
-# Files changed afterwards, by someone without and with the coordinator's key -------------------------------------------
+# Files changed afterwards, by someone without and with the coordinator's key -----------------------------------------
 
 def test_statement_edited(copy: Path, parties: Consortium) -> None:
     path = statement_path(copy, "round-site", "clinic-a")
@@ -320,7 +322,7 @@ def test_missing_file(copy: Path, parties: Consortium, name: str) -> None:
     assert_fails(verify_bundle(copy, parties.fingerprint), "manifest")
 
 
-# Folders made to hurt the reader ---------------------------------------------------------------------------------------
+# Folders made to hurt the reader -------------------------------------------------------------------------------------
 
 def _link(folder: Path) -> None:
     (folder / "contract.json").rename(folder.parent / "contract.json")
@@ -412,7 +414,7 @@ def test_random_mutations_never_pass(resealed: bool, good: Path, parties: Consor
         shutil.rmtree(folder)
 
 
-# Writing ---------------------------------------------------------------------------------------------------------------
+# Writing -------------------------------------------------------------------------------------------------------------
 
 def _writer(folder: Path, parties: Consortium, **changes: Any) -> BundleWriter:
     agreed = contract(parties.signers, **changes)
@@ -447,7 +449,7 @@ def test_writer_refuses(parties: Consortium, good: Path, tmp_path: Path) -> None
         writer.add_ledger("clinic-a", b"")
 
 
-# Without the heavy stack -------------------------------------------------------------------------------------------------
+# Without the heavy stack ---------------------------------------------------------------------------------------------
 
 BLOCK = """
 import sys
