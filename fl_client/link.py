@@ -1,0 +1,369 @@
+"""The site's end of Flower's Fleet API: pull a message, hand it to the installed app, push the reply.
+
+All that this side knows of Flower's internals (1.41; tests/transport/ is their contract). Guarantees: only installed
+code runs (nothing here can fetch or load an app bundle); only a server with a certificate of the given issuing CA and
+the right host name is spoken to, redirects are not followed; of a failure only a `SiteCode` leaves the site, never a
+text; a message that the coordinator hands out again reaches the app again (whose handlers answer with stored bytes).
+
+Stopping: `stop` wakes a thread that deactivates the node, which makes the coordinator answer the held poll at once,
+and that then shuts the sockets down in case it doesn't. So `run` ends within 2 s, or when the running handler ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import socket
+import ssl
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.clientapp import ClientApp
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from numpy.typing import NDArray
+
+from privacy.errors import ConsiloError, Refused, SiteCode, Unreachable, UsageError
+from privacy.files import read_private
+
+logging.getLogger("flwr").setLevel(logging.CRITICAL)
+log = logging.getLogger("consilo.link")
+
+Vector = NDArray[np.float32] | NDArray[np.uint32]
+Handler = Callable[[bytes, dict[str, Vector]], tuple[bytes, Mapping[str, Vector]]]
+
+MAX_BODY_BYTES = 4 * 2**20  # the limits and the form of a note: see fl_server.exchange
+MAX_VECTOR_BYTES = 512 * 2**20
+MAX_VECTORS = 16
+MAX_OBJECTS = 256
+STYPE = "consilo.le"
+DTYPES = {"float32": "<f4", "uint32": "<u4"}
+
+BEAT_S = 10.0  # Flower's minimum; a node counts as gone after two
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 5.0
+READ_S, CONNECT_S, LEAVE_S = 30.0, 5.0, 1.0  # a poll is held for 20 s
+BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError)
+
+
+class StageRefused(Exception):
+    """Raised by a handler: the site won't do this stage. `code` is all that the coordinator learns."""
+
+    def __init__(self, code: SiteCode) -> None:
+        super().__init__(code.value)
+        self.code = code
+
+
+def build_app(handlers: Mapping[str, Handler]) -> Any:
+    """A `ClientApp` of handlers by message type (`train.update`, `query.closing`).
+
+    A handler gets a note (body: bytes, arrays: writable vectors (n,) of float32 or uint32) and returns one. What it
+    raises becomes an error reply: `StageRefused` its code, anything else `site.failed`; a note that isn't of the
+    agreed form gets `site.bad_message`.
+    """
+    app = ClientApp()
+    for name, handler in handlers.items():
+        kind, _, stage = name.partition(".")
+        {"train": app.train, "query": app.query}[kind](stage)(_on_message(handler))
+    return app
+
+
+def dispatch(app: Any, message: Any, context: Any) -> Any:
+    """The app's reply; an error reply, without the text, if it raises."""
+    try:
+        return app(message, context)
+    except Exception as e:  # noqa: BLE001 - nothing of it may leave the site
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        log.error("%s failed: %s at %s:%s", message.metadata.message_type, type(e).__name__, where.name, where.lineno)
+        return refusal(message, SiteCode.FAILED)
+
+
+def refusal(message: Any, code: SiteCode) -> Any:
+    return Message(Error(1, code.value), reply_to=message)
+
+
+def reply(message: Any, body: bytes, arrays: Mapping[str, Vector]) -> Any:
+    """A note as the reply to a message. Raises UsageError `link.note` (over a limit, or another dtype or shape)."""
+    size = sum(vector.nbytes for vector in arrays.values())
+    if (len(body) > MAX_BODY_BYTES or len(arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES
+            or any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in arrays.values())):
+        raise UsageError("link.note", f"A reply of {len(body)} + {size} bytes can't be sent.",
+                         "Keep the limits, and send float32 or uint32 vectors.")
+    records = RecordDict({"c": ConfigRecord({"body": body})})
+    if arrays:
+        records["arrays"] = ArrayRecord({
+            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name]).tobytes())
+            for name, vector in arrays.items()})
+    return Message(records, reply_to=message)
+
+
+def to_note(message: Any) -> tuple[bytes, dict[str, Vector]]:
+    """Body and vectors of a message from outside. Raises StageRefused `site.bad_message` if it isn't exactly a note."""
+    content = RecordDict() if message.has_error() else message.content
+    config, record = content.get("c"), content.get("arrays", ArrayRecord())
+    if (not isinstance(config, ConfigRecord) or set(config) != {"body"} or not isinstance(config["body"], bytes)
+            or len(config["body"]) > MAX_BODY_BYTES or set(content) - {"c", "arrays"}
+            or not isinstance(record, ArrayRecord) or len(record) > MAX_VECTORS
+            or sum(len(array.data) for array in record.values()) > MAX_VECTOR_BYTES):
+        raise StageRefused(SiteCode.BAD_MESSAGE)
+    arrays: dict[str, Vector] = {}
+    for name, array in record.items():
+        count, rest = divmod(len(array.data), 4)
+        if array.stype != STYPE or array.dtype not in DTYPES or tuple(array.shape) != (count,) or rest:
+            raise StageRefused(SiteCode.BAD_MESSAGE)
+        arrays[name] = np.frombuffer(array.data, DTYPES[array.dtype]).astype(array.dtype)
+    return config["body"], arrays
+
+
+def _on_message(handler: Handler) -> Callable[[Any, Any], Any]:
+    def run(message: Any, context: Any) -> Any:
+        try:
+            return reply(message, *handler(*to_note(message)))
+        except StageRefused as e:
+            return refusal(message, e.code)
+
+    return run
+
+
+class FleetLink:
+    """One site's connection. url: `https://host:port`. tls_cert, tls_key: the site's PEM files; one P-256 key serves
+    TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted.
+
+    Raises UsageError `link.url`, `link.certificate`, `key.missing`; Refused `key.permissions`.
+    """
+
+    def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path) -> None:
+        if not url.startswith("https://"):
+            raise UsageError("link.url", "The coordinator's address isn't an https URL.", "Use https://host:port.")
+        key, context = _identity(tls_cert, tls_key, server_ca)
+        self.trouble = ""  # code of what keeps the link from working, or ""
+        self._public = public_key_to_bytes(key.public_key())
+        self._node: Any = None
+        self._sockets = _Sockets()
+        self._http = FleetHttpClient(url, verify=context, timeout=READ_S,
+                                     interceptors=[self._sockets, NodeAuthHttpInterceptor(key, key.public_key())])
+        self._http._client.follow_redirects = False
+        self._http._client.timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
+        self._pool = ThreadPoolExecutor(4, thread_name_prefix="link")
+
+    def connect(self) -> int:
+        """Register as online; returns the node id. Messages that had no whole reply yet will be handed out again.
+
+        Raises Unreachable `link.unreachable`; Refused `link.untrusted` (the server's certificate), `link.refused` (our
+        certificate), `link.roster` (our key isn't on the roster), `link.clock`.
+        """
+        try:
+            answer = self._http.ActivateNode(ActivateNodeRequest(public_key=self._public, heartbeat_interval=BEAT_S))
+        except (httpx.HTTPError, ssl.SSLError) as e:
+            raise _explain(e) from e
+        self._node = Node(node_id=answer.node_id)
+        return int(answer.node_id)
+
+    def run(self, app: Any, context: Any | None, stop: threading.Event) -> None:
+        """Serve `app` in this thread until `stop` is set; reconnect after every failure, waiting up to 5 s.
+
+        `context`: Flower's, an empty one if None.
+        """
+        context = context or Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        helpers = [threading.Thread(target=work, args=(stop,), name="link", daemon=True)
+                   for work in (self._beat, self._leave)]
+        for helper in helpers:
+            helper.start()
+        try:
+            self._serve(app, context, stop)
+        finally:
+            stop.set()
+            for helper in helpers:
+                helper.join(2 * LEAVE_S)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._http.close()
+
+    def _serve(self, app: Any, context: Any, stop: threading.Event) -> None:
+        wait = FIRST_WAIT_S
+        while not stop.is_set():
+            try:
+                if self._node is None:
+                    self.connect()
+                message = self._receive()
+                self._note_trouble("")
+                wait = FIRST_WAIT_S
+                if message is not None and not stop.is_set():
+                    answer = dispatch(app, message, context)
+                    if not stop.is_set():
+                        self._send(answer)
+            except (ConsiloError, httpx.HTTPError, ssl.SSLError, *BAD_OBJECT) as e:
+                self._node = None  # to connect anew is also how a lost message is asked for again
+                if not stop.is_set():
+                    self._note_trouble(_explain(e).code)
+                stop.wait(wait * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                wait = min(2 * wait, LONGEST_WAIT_S)
+
+    def _receive(self) -> Any | None:
+        answer = self._http.PullMessages(PullMessagesRequest(node=self._node))
+        if not answer.messages_list:
+            return None
+        message, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
+        if not tree.children:
+            return message
+        ids = {item.object_id for item in iterate_object_tree(tree)}
+        if len(ids) > MAX_OBJECTS:
+            raise ValueError("too many objects")
+        run_id = message.metadata.run_id
+
+        def pull(object_id: str) -> bytes:
+            part = self._http.PullObject(PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id))
+            if not part.object_available:
+                raise ValueError("an object is missing")
+            return bytes(part.object_content)
+
+        objects = dict(zip(ids, self._pool.map(pull, ids), strict=True))
+        return Message(content=_inflate(tree.object_id, objects).content, metadata=message.metadata)
+
+    def _send(self, answer: Any) -> None:
+        run_id = answer.metadata.run_id
+        with no_object_id_recompute():
+            answer.metadata.__dict__["_message_id"] = answer.object_id
+            if answer.has_error() or "arrays" not in answer.content:
+                envelope, tree, objects = answer, ObjectTree(object_id=answer.object_id), {}
+            else:
+                envelope, tree = remove_content_from_message(answer), get_object_tree(answer)
+                objects = get_all_nested_objects(answer)
+            todo = self._http.PushMessages(PushMessagesRequest(
+                node=self._node, messages_list=[message_to_proto(envelope)], message_object_trees=[tree],
+                clientapp_runtime_list=[0.0]))
+
+        def push(object_id: str) -> None:
+            done = self._http.PushObject(PushObjectRequest(
+                node=self._node, run_id=run_id, object_id=object_id, object_content=objects[object_id].deflate(),
+                session_id=todo.session_id))
+            if not done.stored:
+                raise ValueError("an object was refused")
+
+        if objects:
+            list(self._pool.map(push, todo.objects_to_push))
+
+    def _beat(self, stop: threading.Event) -> None:
+        while not stop.wait(0.8 * BEAT_S):
+            node = self._node
+            try:
+                if node is not None:
+                    self._http.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=BEAT_S))
+            except (httpx.HTTPError, ssl.SSLError):
+                continue  # the main loop sees it too
+
+    def _leave(self, stop: threading.Event) -> None:
+        stop.wait()
+        node, self._http._client.timeout = self._node, httpx.Timeout(LEAVE_S)
+        try:
+            if node is not None:
+                self._http.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+        except (httpx.HTTPError, ssl.SSLError, RuntimeError):
+            pass  # gone, or closed already: then there is nothing to leave
+        self._sockets.cut()
+
+    def _note_trouble(self, code: str) -> None:
+        if code != self.trouble:
+            log.warning("link: %s", code or "connected")
+        self.trouble = code
+
+
+class _Sockets:
+    """Flower's interceptor that learns the connections' sockets, so that another thread can end a blocked read."""
+
+    def __init__(self) -> None:
+        self._open: list[socket.socket] = []
+
+    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
+        context.request.extensions["trace"] = self._trace
+        return call_next(context)
+
+    def cut(self) -> None:
+        for each in self._open:
+            try:
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+            except OSError:
+                continue
+
+    def _trace(self, event: str, info: dict[str, Any]) -> None:
+        if event == "connection.start_tls.complete":
+            self._open = [each for each in self._open if each.fileno() >= 0]
+            self._open.append(info["return_value"].get_extra_info("socket"))
+
+
+def _identity(tls_cert: Path, tls_key: Path, server_ca: Path) -> tuple[ec.EllipticCurvePrivateKey, ssl.SSLContext]:
+    pem = read_private(tls_key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
+    try:
+        key = load_pem_private_key(pem, None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError("not an EC key")
+        context.load_cert_chain(tls_cert, tls_key)
+        context.load_verify_locations(server_ca)
+    except (OSError, ValueError, TypeError) as e:
+        raise UsageError("link.certificate", f"Key or certificates can't be loaded ({type(e).__name__}).",
+                         "Give tls.pem and tls.key of this site, and issuing-coordinator.pem, as the CA issued them.",
+                         ) from e
+    return key, context
+
+
+def _explain(e: Exception) -> ConsiloError:
+    """What a failure means, in our own words: the coordinator's are not repeated."""
+    if isinstance(e, ConsiloError):
+        return e
+    cause: BaseException | None = e
+    while cause is not None and not isinstance(cause, ssl.SSLError):
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return Refused("link.untrusted", "The server's certificate is not one of this consortium's coordinator.",
+                       "Check the address; if a proxy opens TLS, have it make an exception.")
+    if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
+        return Refused("link.refused", "The coordinator refuses this site's certificate.",
+                       "Renew the certificate; if it was revoked, ask the consortium's CA.")
+    status = e.response.status_code if isinstance(e, httpx.HTTPStatusError) else 0
+    if status == 412:
+        return Refused("link.roster", "This site's key is not on the coordinator's roster.",
+                       "Ask the coordinator's operator to refresh the roster.")
+    if status == 401:
+        return Refused("link.clock", "The coordinator doesn't accept the signed time or the node.",
+                       "Synchronise the clock; it may be at most 5 s ahead.")
+    return Unreachable("link.unreachable", f"The coordinator can't be reached, or fails ({type(e).__name__}).",
+                       "Check the address, the network and the coordinator's state.")
+
+
+def _inflate(root: str, objects: dict[str, bytes]) -> Any:
+    """The message made of these objects. Raises one of `BAD_OBJECT`. What arrays would grow to is bounded first."""
+    chunks = sum(len(json.loads(item.partition(b"\x00")[2])["arraychunk_ids"])
+                 for item in objects.values() if item.startswith(b"Array "))
+    if chunks > MAX_OBJECTS:
+        raise ValueError("too large")
+    return inflate_object_from_contents(root, objects)

@@ -1,0 +1,183 @@
+"""The transport as the round sees it: ask named sites for one stage, get an answer from each before the deadline.
+
+Guarantees: exactly one `Answer` per asked site; an answer is credited to a site only if it replies to the message that
+this site was sent and comes from its node; a note that isn't exactly of the agreed form becomes `site.malformed`; of
+an error only a known `SiteCode` gets through, never a text. Vectors are held one at a time when `on_answer` is given.
+
+On the wire: message type `train.<stage>` or `query.<stage>`; `ConfigRecord {"body": bytes}` under "c", and, if there
+are vectors, an `ArrayRecord` under "arrays" of little-endian float32 or uint32 bytes (stype `consilo.le`; no pickle,
+no .npy header).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from privacy.errors import SiteCode, UsageError, nearest
+
+MAX_BODY_BYTES = 4 * 2**20
+MAX_VECTOR_BYTES = 512 * 2**20  # all vectors of one note
+MAX_VECTORS = 16
+STYPE = "consilo.le"
+DTYPES = {"float32": "<f4", "uint32": "<u4"}
+TRAIN_STAGES = frozenset({"update", "shares", "masked", "unmask"})
+UNREACHABLE = "site.unreachable"
+MALFORMED = "site.malformed"
+
+Vector = NDArray[np.float32] | NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Note:
+    """What travels in a stage, either way: `body`, canonical JSON of the stage's message (at most 4 MiB), and
+    `arrays`, vectors (n,) of float32 or uint32 by name (at most 16, 512 MiB together; may be empty)."""
+
+    body: bytes
+    arrays: Mapping[str, Vector] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A note, or why there is none: a `SiteCode` value, `site.unreachable` or `site.malformed`."""
+
+    note: Note | None
+    code: str | None
+
+
+class Grid(Protocol):
+    """What the exchange needs of a Flower `Grid`, and two methods more. Messages are `flwr.app.Message`."""
+
+    def create_message(self, content: Any, message_type: str, dst_node_id: int, group_id: str) -> Any: ...
+
+    def get_node_ids(self) -> Iterable[int]: ...
+
+    def push_messages(self, messages: Iterable[Any]) -> Iterable[str]: ...
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Any]:
+        """Replies that are complete now, inflated one at a time as the caller iterates."""
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until there may be a reply, or the timeout. False: no reply can come any more."""
+
+    def forget(self, message_ids: Iterable[str]) -> None:
+        """Withdraw messages and drop whatever replies to them."""
+
+    def close(self) -> None: ...
+
+
+class Exchange:
+    """Stages over a grid. `nodes`: site name -> node id. One `ask` at a time."""
+
+    def __init__(self, grid: Grid, nodes: Mapping[str, int]) -> None:
+        self._grid, self._nodes = grid, dict(nodes)
+
+    def ask(self, stage: str, notes: Mapping[str, Note], *, deadline_s: float,
+            on_answer: Callable[[str, Answer], None] | None = None) -> dict[str, Answer]:
+        """Send each site its note and collect the answers, for at most `deadline_s` seconds.
+
+        `on_answer(site, answer)` is called in this thread once for each site that answered, as answers arrive; then
+        the returned answers hold no vectors. The silent get `site.unreachable` at the deadline.
+        Raises UsageError `exchange.no_such_site`, `exchange.note` (a note of ours that is over a limit or not float32
+        or uint32).
+        """
+        end = time.monotonic() + deadline_s
+        kind = "train" if stage in TRAIN_STAGES else "query"
+        messages = [self._grid.create_message(pack(note), f"{kind}.{stage}", self._node(site), "")
+                    for site, note in notes.items()]
+        waiting = dict(zip(self._grid.push_messages(messages), notes, strict=True))
+        del messages
+        answers = {site: Answer(None, UNREACHABLE) for site in notes}
+        try:
+            while waiting:
+                for reply in self._grid.pull_messages(list(waiting)):
+                    asked = reply.metadata.reply_to_message_id
+                    site = waiting.get(asked)
+                    if site is None or reply.metadata.src_node_id != self._nodes[site]:
+                        continue
+                    if time.monotonic() > end:
+                        break
+                    del waiting[asked]
+                    answer = read_answer(reply)
+                    if on_answer is not None:
+                        on_answer(site, answer)
+                        answer = Answer(answer.note and Note(answer.note.body), answer.code)
+                    answers[site] = answer
+                left = end - time.monotonic()
+                if not waiting or left <= 0 or not self._grid.wait(left):
+                    break
+        finally:
+            self._grid.forget(list(waiting))
+        return answers
+
+    def online(self) -> set[str]:
+        """Names of the sites whose agents are connected now (or were at most 20 s ago)."""
+        nodes = set(self._grid.get_node_ids())
+        return {site for site, node in self._nodes.items() if node in nodes}
+
+    def wait_online(self, sites: Collection[str], deadline_s: float) -> set[str]:
+        """Wait until all of `sites` are online, at most `deadline_s` seconds; returns those that are."""
+        end = time.monotonic() + deadline_s
+        while not (there := self.online()).issuperset(sites) and time.monotonic() < end:
+            time.sleep(0.05)
+        return there.intersection(sites)
+
+    def close(self) -> None:
+        self._grid.close()
+
+    def _node(self, site: str) -> int:
+        if site not in self._nodes:
+            raise UsageError("exchange.no_such_site", f"There is no site {site!r} on the roster.",
+                             nearest(site, self._nodes))
+        return self._nodes[site]
+
+
+def read_answer(reply: Any) -> Answer:
+    """A Flower message as an answer. Never raises on what a site made, and never keeps its words."""
+    if reply.has_error():
+        known = reply.error.reason in set(SiteCode)
+        return Answer(None, str(reply.error.reason) if known else MALFORMED)
+    note = unpack(reply.content)
+    return Answer(note, None if note else MALFORMED)
+
+
+def pack(note: Note) -> Any:
+    """A note as a Flower `RecordDict`. Raises UsageError `exchange.note`."""
+    size = sum(vector.nbytes for vector in note.arrays.values())
+    if len(note.body) > MAX_BODY_BYTES or len(note.arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES:
+        raise UsageError("exchange.note", f"A note of {len(note.body)} + {size} bytes is over the limits.",
+                         "Use a smaller adapter, or fewer sites in one session.")
+    if any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in note.arrays.values()):
+        raise UsageError("exchange.note", "A note's array isn't a float32 or uint32 vector.", "Convert it first.")
+    records = RecordDict({"c": ConfigRecord({"body": note.body})})
+    if note.arrays:
+        records["arrays"] = ArrayRecord({
+            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name]).tobytes())
+            for name, vector in note.arrays.items()})
+    return records
+
+
+def unpack(content: Any) -> Note | None:
+    """The note in a `RecordDict` that a stranger made; None if it isn't exactly of the form above."""
+    config, record = content.get("c"), content.get("arrays")
+    if (not isinstance(config, ConfigRecord) or set(config) != {"body"} or not isinstance(config["body"], bytes)
+            or len(config["body"]) > MAX_BODY_BYTES or set(content) - {"c", "arrays"}):
+        return None
+    if record is None:
+        return Note(config["body"])
+    if (not isinstance(record, ArrayRecord) or not 1 <= len(record) <= MAX_VECTORS
+            or sum(len(array.data) for array in record.values()) > MAX_VECTOR_BYTES):
+        return None
+    arrays = {}
+    for name, array in record.items():
+        count, rest = divmod(len(array.data), 4)
+        if array.stype != STYPE or array.dtype not in DTYPES or tuple(array.shape) != (count,) or rest:
+            return None
+        arrays[name] = np.frombuffer(array.data, DTYPES[array.dtype]).astype(array.dtype)
+    return Note(config["body"], arrays)
