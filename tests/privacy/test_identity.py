@@ -39,7 +39,8 @@ class Consortium:
         return (self.ca / name).read_bytes()
 
     def forge(self, issuer: str = "issuing-site", public=None, *, ca_flag=False, path_length=None, signs=True,
-              cert_sign=False, ekus=(), extra=(), days=30, names=None, issuer_key=None) -> x509.Certificate:
+              cert_sign=False, crl_sign=None, ekus=(), extra=(), days=30, names=None,
+              issuer_key=None) -> x509.Certificate:
         """A certificate that the CA's key signs although `ca.issue` never would."""
         public = public or ed25519.Ed25519PrivateKey.generate().public_key()
         issuer_cert = load_certificate(self.pem(f"{issuer}.pem"))
@@ -47,8 +48,8 @@ class Consortium:
                    .issuer_name(issuer_cert.subject).public_key(public).serial_number(x509.random_serial_number())
                    .not_valid_before(NOW - timedelta(days=60)).not_valid_after(NOW + timedelta(days=days))
                    .add_extension(x509.BasicConstraints(ca_flag, path_length), True)
-                   .add_extension(x509.KeyUsage(signs, False, False, False, False, cert_sign, cert_sign, False, False),
-                                  True))
+                   .add_extension(x509.KeyUsage(signs, False, False, False, False, cert_sign,
+                                                cert_sign if crl_sign is None else crl_sign, False, False), True))
         for extension in ([x509.ExtendedKeyUsage(ekus)] if ekus else []):
             builder = builder.add_extension(extension, False)
         for extension in extra:
@@ -145,6 +146,11 @@ def test_damaged_key_file_is_refused_without_quoting_it(tmp_path):
 def test_names_that_could_mislead_are_refused(tmp_path, name):
     assert code(UsageError, create_request, tmp_path / "x", name, "Org") == "identity.name"
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("organisation", ["", "  ", "a" * 65, "A\nroot", "A\x1b[31m"])
+def test_organisations_that_could_mislead_are_refused(tmp_path, organisation):
+    assert code(UsageError, create_request, tmp_path, "a", organisation) == "identity.name"
 
 
 # --- weak keys ----------------------------------------------------------------------------------------------------
@@ -245,6 +251,7 @@ def test_attack_issuing_ca_makes_an_issuing_ca(consortium, other):
 
 @pytest.mark.parametrize("change", [{"ca_flag": False, "path_length": None}, {"path_length": 1}, {"path_length": None},
                                     {"cert_sign": False}, {"names": "no role"}, {"names": "unknown role"},
+                                    {"public": ed25519.Ed25519PrivateKey.generate().public_key()},
                                     {"extra": [x509.InhibitAnyPolicy(0)]}])
 def test_issuing_ca_that_the_root_should_not_have_made(consortium, change):
     def unit(role):
@@ -260,8 +267,14 @@ def test_issuing_ca_that_the_root_should_not_have_made(consortium, change):
 
 
 def test_root_must_be_a_self_signed_ca(consortium):
-    for name in ("issuing-site.pem",):
-        assert code(Refused, TrustStore, consortium.pem(name), []) == "identity.untrusted"
+    assert code(Refused, TrustStore, consortium.pem("issuing-site.pem"), []) == "identity.untrusted"
+    names, key = load_certificate(consortium.pem("root.pem")).subject, p256()
+    for is_ca in (True, False):
+        own = consortium.forge("root", key.public_key(), ca_flag=is_ca, cert_sign=True, names=names, issuer_key=key)
+        if is_ca:
+            TrustStore(own.public_bytes(PEM), [])
+        else:
+            assert code(Refused, TrustStore, own.public_bytes(PEM), []) == "identity.untrusted"
     assert code(UsageError, TrustStore, b"no pem", []) == "identity.malformed"
 
 
@@ -317,6 +330,22 @@ def test_attack_forged_revocation_list(consortium, other):
     assert code(UsageError, TrustStore, root, [site], [b"junk"]) == "identity.malformed"
 
 
+def test_revocation_list_needs_its_issuers_name_and_right_to_sign_it(consortium):
+    key = p256()
+    unit = x509.Name([x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "site")])
+
+    def store(issuer, crl_sign):
+        crl = (x509.CertificateRevocationListBuilder().issuer_name(issuer).last_update(NOW)
+               .next_update(NOW + timedelta(days=1)).sign(key, hashes.SHA256()))
+        mine = consortium.forge("root", key.public_key(), ca_flag=True, path_length=0, cert_sign=True,
+                                crl_sign=crl_sign, names=unit)
+        return TrustStore(consortium.pem("root.pem"), [mine.public_bytes(PEM)], [crl.public_bytes(PEM)])
+
+    store(unit, True)
+    assert code(Refused, store, unit, False) == "identity.untrusted"
+    assert code(Refused, store, identity.subject("a", "b"), True) == "identity.untrusted"
+
+
 @pytest.mark.parametrize("role", [Role.SITE, Role.COORDINATOR])
 def test_signing_and_tls_certificates_are_not_interchangeable(consortium, role):
     assert refusal(consortium.trust(), consortium.cert(role, "tls.pem"), role, "signing") == "identity.usage"
@@ -337,10 +366,15 @@ def test_leaf_made_for_something_else(consortium, wrong):
     assert refusal(consortium.trust(), consortium.forge(public=key, **wrong), usage="tls") == "identity.usage"
 
 
-def test_leaf_with_an_ambiguous_subject(consortium):
-    names = x509.Name([x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Org site"),
-                       x509.NameAttribute(NameOID.COMMON_NAME, "the-site"),
-                       x509.NameAttribute(NameOID.COMMON_NAME, "the-engineer")])
+def test_signing_certificate_is_ed25519_and_nothing_else(consortium):
+    for bad in (consortium.forge(ekus=[CLIENT]), consortium.forge(public=p256().public_key())):
+        assert refusal(consortium.trust(), bad, usage="signing") == "identity.usage"
+
+
+@pytest.mark.parametrize("more", [(NameOID.COMMON_NAME, "the-engineer"), (NameOID.ORGANIZATION_NAME, "Other"),
+                                  (NameOID.ORGANIZATIONAL_UNIT_NAME, "coordinator")])
+def test_leaf_with_an_ambiguous_subject(consortium, more):
+    names = x509.Name([*identity.subject("the-site", "Org site"), x509.NameAttribute(*more)])
     assert refusal(consortium.trust(), consortium.forge(names=names)) == "identity.untrusted"
 
 
