@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from privacy.accountant import NAME, Release, decimal_up, epsilon
 from privacy.canonical import canonical, decimal
+from privacy.contract import validate
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer
 from privacy.identity import Signer
@@ -58,7 +59,7 @@ class Ledger:
         """Start a lineage: a random 32-hex id, and the largest epsilon at `delta` for the life of its data.
 
         Raises Refused `ledger.exists`, `file.leased`, `ledger.write_failed`; UsageError `dp.parameter`,
-        `dp.unsupported`.
+        `dp.unsupported`, `config.invalid` (a malformed id).
         """
         if not (0 < delta < 1 and cap > 0 and math.isfinite(cap)):
             raise UsageError("dp.parameter", f"delta = {delta} with cap = {cap} is not a budget.",
@@ -66,6 +67,8 @@ class Ledger:
         if unit not in UNITS or adjacency not in ADJACENCIES:
             raise UsageError("dp.unsupported", f"unit={unit!r} with adjacency={adjacency!r} is not covered.",
                              f"Use unit={' or '.join(UNITS)} and adjacency={' or '.join(ADJACENCIES)}.")
+        first = validate(Open, {"seq": 0, "prev": ZERO, "kind": "open", "lineage": lineage, "unit": unit,
+                                "adjacency": adjacency, "delta": decimal(delta), "cap": decimal(cap)})
         files = files or FileLayer()
         fd = files.open_append(path)
         try:
@@ -75,8 +78,7 @@ class Ledger:
             if data:  # a creation that was interrupted
                 files.truncate(fd, 0)
             ledger = cls(fd, Chain(signer.certificate), [], signer, files)
-            ledger._append(Open(seq=0, prev=ZERO, lineage=lineage, unit=unit, adjacency=adjacency,
-                                delta=decimal(delta), cap=decimal(cap)))
+            ledger._append(first)
             _sync_folder(path.parent)
         except BaseException:
             files.close(fd)
@@ -114,7 +116,8 @@ class Ledger:
 
         Nothing is appended when it is refused. Raises Refused `budget.exhausted`, `ledger.duplicate`,
         `ledger.run_closed`, `ledger.mismatch` (unit, adjacency or delta differ from the lineage's),
-        `ledger.write_failed`, `ledger.unusable`; UsageError `dp.unsupported` (trust=none), `dp.too_many_classes`.
+        `ledger.write_failed`, `ledger.unusable`; UsageError `dp.unsupported` (trust=none), `dp.too_many_classes`,
+        `config.invalid` (a malformed id).
         """
         self._check_usable()
         self._check_mechanism(mechanism)
@@ -127,11 +130,11 @@ class Ledger:
             raise Refused("budget.exhausted", f"The round would bring epsilon to {total}, over the cap {self.cap}.",
                           "End the job; only data that this lineage never used has a budget left.")
         head = self._chain.head
-        return self._append(Reserve(
-            seq=head.seq + 1, prev=head.hash, run=run, contract=contract, round=round, attempt=attempt,
-            sampler=mechanism.sampler, q=decimal(mechanism.q), clip=decimal(mechanism.clip),
-            sigma=decimal(mechanism.sigma), planned_steps=mechanism.steps, epsilon=total, accountant=NAME, code=code,
-            approver=approver))
+        return self._append(validate(Reserve, {
+            "seq": head.seq + 1, "prev": head.hash, "kind": "reserve", "run": run, "contract": contract,
+            "round": round, "attempt": attempt, "sampler": mechanism.sampler, "q": decimal(mechanism.q),
+            "clip": decimal(mechanism.clip), "sigma": decimal(mechanism.sigma), "planned_steps": mechanism.steps,
+            "epsilon": total, "accountant": NAME, "code": code, "approver": approver}))
 
     def commit(self, reserve_seq: int, executed_steps: int) -> None:
         """Record that a reserved round was computed. It lowers no epsilon.
