@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import httpx
@@ -157,6 +158,7 @@ class FleetLink:
     """One site's connection. url: `https://host:port`. tls_cert, tls_key: the site's PEM files; one P-256 key serves
     TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted.
 
+    `with FleetLink(...) as link: link.connect()` is a check of the connection; `run` closes the link itself.
     Raises UsageError `link.url`, `link.certificate`, `key.missing`; Refused `key.permissions`.
     """
 
@@ -203,8 +205,17 @@ class FleetLink:
             stop.set()
             for helper in helpers:
                 helper.join(2 * LEAVE_S)
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._http.close()
+            self.close()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._http.close()
+
+    def __enter__(self) -> FleetLink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def _serve(self, app: Any, context: Any, stop: threading.Event) -> None:
         wait = FIRST_WAIT_S

@@ -56,6 +56,7 @@ logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it writes a line a messa
 IN_MEMORY = ":flwr-in-memory:"
 TASK_BEAT_S = 10.0  # Flower fails a run that is silent for 60 s
 TTL_S = 12 * 3600.0  # the exchange withdraws messages long before
+GRACE_S = 0.5  # for answers that are under way when the listener stops
 BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError)
 
 
@@ -258,7 +259,14 @@ class FleetServer:
         self._guard.close()
         self.grid.close()
         self._server.should_exit = True
-        self._thread.join(10)
+        self._thread.join(GRACE_S)
+        if self._thread.is_alive():  # agents keep their connections open
+            self._guard.call_soon(self._cut)
+            self._thread.join(10)
+
+    def _cut(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
 
     def __enter__(self) -> FleetServer:
         return self.start()

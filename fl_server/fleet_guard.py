@@ -103,12 +103,17 @@ class FleetGuard:
 
     def wake(self, nodes: Iterable[int]) -> None:
         """There is a message for these nodes. From any thread."""
-        self._call(self._ring, list(nodes))
+        self.call_soon(self._ring, list(nodes))
 
     def close(self) -> None:
         """Answer held polls, and hold none from now on. From any thread."""
         self._closed = True
-        self._call(self._release)
+        self.call_soon(self._release)
+
+    def call_soon(self, callback: Callable[..., None], *args: Any) -> None:
+        """Call it in the event loop's thread, if there was a request yet."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(callback, *args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._loop = asyncio.get_running_loop()
@@ -183,10 +188,6 @@ class FleetGuard:
 
     def _end_session(self, session_id: str) -> None:
         self.state._cleanup_push_session(session_id, cleanup_messages=False)
-
-    def _call(self, callback: Callable[..., None], *args: Any) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(callback, *args)
 
     def _ring(self, nodes: list[int]) -> None:
         for node in nodes:
