@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import matplotlib as mpl
@@ -36,24 +37,26 @@ class Charge:
 
 def spending_plot(charges: Mapping[str, Sequence[Charge]], caps: Mapping[str, float]) -> str:
     """Cumulative epsilon of each site after each charge, against its budget lines (label -> epsilon). SVG markup."""
-    figure, axes = _axes(6.4, 3.2)
-    for i, (site, line) in enumerate(charges.items()):
-        colour, label = (_COLOURS[i], site) if i < LABELLED_SITES else (_GREY, "_")
-        axes.step(range(1, len(line) + 1), [c.epsilon for c in line], where="post", color=colour, label=label,
-                  linewidth=1.4, zorder=3)
-        for j, charge in enumerate(line, 1):
-            axes.plot([j], [charge.epsilon], "o", markersize=4, zorder=4, color=colour,
-                      markerfacecolor=colour if charge.done else "white")
-    for (label, cap), dash in zip(caps.items(), ((6, 2), (2, 2)), strict=False):
-        axes.axhline(cap, color=_INK, linewidth=1.1, dashes=dash, label=f"{label} {cap:g}")
-    longest = max((len(line) for line in charges.values()), default=1)
-    axes.set_xlim(0.7, longest + 0.3)
-    axes.set_ylim(0, 1.12 * max([*caps.values(), *(c.epsilon for line in charges.values() for c in line), 1e-9]))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("charges in this run (hollow: void attempt)")
-    axes.set_ylabel("cumulative epsilon")
-    axes.legend(loc="lower right", fontsize=8, framealpha=0.9, ncols=2)
-    return _svg(figure, "spending")
+    with _style("spending"):
+        figure, axes = _axes(6.4, 3.2)
+        for i, (site, line) in enumerate(charges.items()):
+            colour, label = (_COLOURS[i], site) if i < LABELLED_SITES else (_GREY, "_")
+            axes.step(range(1, len(line) + 1), [c.epsilon for c in line], where="post", color=colour, label=label,
+                      linewidth=max(1.3, 3.0 - 0.6 * i), zorder=3)  # lines that coincide stay visible, thick below thin
+            for done, fill in ((True, colour), (False, "white")):
+                points = [(j, c.epsilon) for j, c in enumerate(line, 1) if c.done is done]
+                axes.plot([x for x, _ in points], [y for _, y in points], "o", markersize=4, zorder=4, color=colour,
+                          markerfacecolor=fill, label="_")
+        for (label, cap), dash in zip(caps.items(), ((6, 2), (2, 2)), strict=False):
+            axes.axhline(cap, color=_INK, linewidth=1.1, dashes=dash, label=f"{label} {cap:g}")
+        longest = max((len(line) for line in charges.values()), default=1)
+        axes.set_xlim(0.7, longest + 0.3)
+        axes.set_ylim(0, 1.12 * max([*caps.values(), *(c.epsilon for line in charges.values() for c in line), 1e-9]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("charges in this run (hollow: void attempt)")
+        axes.set_ylabel("cumulative epsilon")
+        figure.legend(loc="outside upper left", fontsize=8, frameon=False, ncols=5)
+        return _svg(figure)
 
 
 def trade_off(epsilons: Sequence[float], deltas: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,31 +74,35 @@ def trade_off(epsilons: Sequence[float], deltas: Sequence[float]) -> tuple[np.nd
 
 def trade_off_plot(alarm: np.ndarray, miss: np.ndarray) -> str:
     """Miss rate against false-alarm rate of the best attacker, with guessing as the diagonal. SVG markup."""
-    figure, axes = _axes(3.6, 3.2)
-    axes.plot([0, 1], [1, 0], color=_GREY, linewidth=1.1, dashes=(3, 2), label="guessing")
-    axes.plot(alarm, miss, color=_COLOURS[0], linewidth=1.6, label="best attacker")
-    axes.fill_between(alarm, miss, 1 - alarm, color=_COLOURS[0], alpha=0.08, linewidth=0)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
-    axes.set_xlabel("false alarms (record wasn't used)")
-    axes.set_ylabel("misses (record was used)")
-    axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
-    return _svg(figure, "trade-off")
+    with _style("trade-off"):
+        figure, axes = _axes(3.6, 3.2)
+        axes.plot([0, 1], [1, 0], color=_GREY, linewidth=1.1, dashes=(3, 2), label="guessing")
+        axes.plot(alarm, miss, color=_COLOURS[0], linewidth=1.6, label="best attacker")
+        axes.fill_between(alarm, miss, 1 - alarm, color=_COLOURS[0], alpha=0.08, linewidth=0)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("false alarms (record wasn't used)")
+        axes.set_ylabel("misses (record was used)")
+        axes.legend(loc="upper right", fontsize=8, framealpha=0.9)
+        return _svg(figure)
+
+
+def _style(salt: str) -> AbstractContextManager[None]:
+    """Our settings on top of matplotlib's own, whatever the user has set. Two figures get different ids by salt."""
+    return mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt})
 
 
 def _axes(width: float, height: float) -> tuple[Figure, mpl.axes.Axes]:
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
     axes.grid(True, color="#e4e4e4", linewidth=0.7)
     axes.set_axisbelow(True)
     return figure, axes
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure) -> str:
     """Markup for inside HTML: no prolog, metadata, name spaces or ids that two figures would share."""
     out = io.StringIO()
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE, "svg.hashsalt": salt}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _STRIP.sub("", out.getvalue())
