@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.special import logsumexp, ndtr
+from scipy.special import ndtr
 
 from privacy.errors import UsageError
 
@@ -204,8 +204,13 @@ def _connect(first: int, p: Array, q: Array, p_tail: Array, q_tail: Array, below
     with np.errstate(divide="ignore"):
         log_pmf = np.log(pmf)
     return _Step(first, pmf, above,
-                 np.array([logsumexp(log_pmf + t * losses) for t in _LAMBDAS]),
-                 np.array([logsumexp(log_pmf - t * losses) for t in _LAMBDAS]))
+                 np.array([_log_sum_exp(log_pmf + t * losses) for t in _LAMBDAS]),
+                 np.array([_log_sum_exp(log_pmf - t * losses) for t in _LAMBDAS]))
+
+
+def _log_sum_exp(values: Array) -> float:
+    top = values.max()
+    return float(top + np.log(np.exp(values - top).sum()))
 
 
 # Composition ---------------------------------------------------------------------------------------------------------
