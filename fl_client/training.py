@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.data import load_records
+from strategies.records import load_records
 from privacy.contract import Contract
 from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.errors import Refused
@@ -57,7 +57,13 @@ class LocalTrainer:
             return each * valid[rows]  # an invalid record has a zero gradient
 
         trained = {n: p for n, p in classifier.parameters.items() if n in self.spec.trained}
+        self._probe = next(iter(np.flatnonzero(records.valid)), None)
         self._grads = PerSampleGradients(classifier.module, trained, losses)
+
+    def probe(self) -> None:
+        """One backward pass, of the first valid record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
+        if self._probe is not None:
+            self._grads.check(self._probe)
 
     def train(self, adapter: Tensors) -> NDArray[np.float32]:
         """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""

@@ -144,7 +144,8 @@ def validate(model: type[T], value: Any) -> T:
     try:
         return model.model_validate(value)
     except ValidationError as e:
-        first = e.errors(include_input=False, include_url=False)[0]
+        errors = e.errors(include_input=False, include_url=False)
+        first = next((x for x in errors if x["type"] == "extra_forbidden"), errors[0])
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise UsageError("config.unknown_key", f"Unknown key {where!r}.",

@@ -51,9 +51,9 @@ class PerSampleGradients:
         for layer in module.modules():  # the hooks work in training mode only; dropout stays off
             layer.training = any(p.requires_grad for p in layer.parameters(recurse=False))
 
-    def check(self) -> None:
+    def check(self, record: int) -> None:
         """Run one record. Raises UsageError `dp.no_per_sample_gradient`, and `dp.frozen` if nothing can move."""
-        rows = self._chunk(np.zeros(1, np.int64))
+        rows = self._chunk(np.array([record], np.int64))
         if not np.any(rows):
             raise UsageError("dp.frozen", "A probe record gives a zero gradient: the adapter can't move.",
                              "Check lora.targets, lora.layers and the learning rate.")

@@ -48,7 +48,10 @@ class Unreachable(ConsiloError):
 
 
 class RoundVoid(ConsiloError):
+    """`sites`: the names that it is about, if any."""
+
     exit_code = 5
+    sites: tuple[str, ...] = ()
 
 
 class Aborted(ConsiloError):

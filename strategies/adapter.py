@@ -17,7 +17,6 @@ from privacy.errors import Refused
 
 Tensors = Mapping[str, NDArray[np.float32]]
 HEAD = ("head.weight", "head.bias")
-MAX_ELEMENTS = 2**28  # 1 GiB of float32
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,26 @@ class AdapterSpec:
                 raise _refuse(name, "not finite")
             out[name] = value.view(np.float32)
         return out
+
+    @property
+    def size(self) -> int:
+        """Number of values of all tensors, trained or not."""
+        return sum(int(np.prod(shape)) for _, shape in self.shapes)
+
+    def pack(self, tensors: Tensors) -> NDArray[np.float32]:
+        """All tensors in order as one vector, shape (size,): what travels."""
+        return np.concatenate([tensors[name].ravel() for name, _ in self.shapes])
+
+    def unpack(self, vector: NDArray[np.generic]) -> dict[str, NDArray[np.float32]]:
+        """Inverse of `pack`, checked. Raises Refused `adapter.tensor`."""
+        if vector.shape != (self.size,):
+            raise _refuse("adapter", f"of shape {vector.shape}, not {(self.size,)}")
+        out, at = {}, 0
+        for name, shape in self.shapes:
+            size = int(np.prod(shape))
+            out[name] = vector[at:at + size].reshape(shape)
+            at += size
+        return self.check(out)
 
     def flatten(self, tensors: Tensors) -> NDArray[np.float32]:
         """Trained tensors as one vector, shape (dim,)."""

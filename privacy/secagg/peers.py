@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 
 from cryptography.x509 import Certificate
 
 from privacy.errors import Aborted
-from privacy.identity import fingerprint, verify_signature
+from privacy.identity import Role, TrustStore, fingerprint, load_certificate, verify_signature
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1
 
 CheckCertificate = Callable[[bytes], Certificate]
+
+
+def certificate_check(trust: TrustStore) -> CheckCertificate:
+    """PEM of a site's Ed25519 certificate -> the certificate, if chain, role, validity and revocation are right now."""
+
+    def check(pem: bytes) -> Certificate:
+        certificate = load_certificate(pem)
+        trust.check(certificate, Role.SITE, usage="signing", at=datetime.now(UTC))
+        return certificate
+
+    return check
 
 
 def check_key(offer: tr.Offer, key: M1, check_certificate: CheckCertificate) -> Certificate:

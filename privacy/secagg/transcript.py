@@ -13,7 +13,7 @@ from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
 from privacy.contract import SUITE, Contract, Sha256, Terms
-from privacy.errors import Aborted
+from privacy.errors import Refused
 
 MAX_COHORT = 100
 
@@ -61,12 +61,12 @@ def least_threshold(n: int, n_c: int) -> int:
 
 
 def check_cohort(n: int, t: int, n_c: int) -> None:
-    """Raises Aborted `secagg.cohort` (too few or too many sites) and `secagg.threshold`."""
+    """Raises Refused `secagg.cohort` (too few or too many sites) and `secagg.threshold`."""
     if n_c < 1 or n < n_c + 2 or n > MAX_COHORT:
-        raise Aborted("secagg.cohort", f"A cohort of {n} can't hide a site among {n_c} colluding ones.",
+        raise Refused("secagg.cohort", f"A cohort of {n} can't hide a site among {n_c} colluding ones.",
                       f"Use {n_c + 2} to {MAX_COHORT} sites.")
     if not least_threshold(n, n_c) <= t <= n:
-        raise Aborted("secagg.threshold", f"Threshold {t} is not in {least_threshold(n, n_c)}..{n}.",
+        raise Refused("secagg.threshold", f"Threshold {t} is not in {least_threshold(n, n_c)}..{n}.",
                       "Set secure_aggregation.threshold in the contract.")
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from privacy import ca
-from privacy.identity import FileSigner, Role, TrustStore, create_request, load_certificate
+from privacy.identity import FileSigner, Role, TrustStore, create_request
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
+from privacy.secagg.peers import certificate_check
 from privacy.secagg.site import SiteSession
 
 Hook = Callable[[str, int, bytes], bytes]
@@ -44,10 +44,7 @@ class Consortium:
             ca.issue(folder / "ca", request, Role.SITE)
             issued = folder / "ca" / "issued" / f"site{i}"
             self.signers.append(FileSigner(folder / f"site{i}" / "sign.key", issued / "sign.pem"))
-        self.trust = TrustStore.load(issued / "trust")
-
-    def check(self, pem: bytes):  # type: ignore[no-untyped-def]
-        return self.trust.check(load_certificate(pem), Role.SITE, usage="signing", at=datetime.now(UTC)).certificate
+        self.check = certificate_check(TrustStore.load(issued / "trust"))
 
     def offer(self, n: int, t: int, dim: int, **changes: object) -> tr.Offer:
         cohort = tuple(tr.Member(index=i, certificate=self.signers[i].fingerprint) for i in range(n))

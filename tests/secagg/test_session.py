@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from harness import Consortium, Journal, play
 
-from privacy.errors import Aborted, ConsiloError
+from privacy.errors import Aborted, ConsiloError, Refused
 from privacy.secagg import hybrid
 from privacy.secagg import transcript as tr
 from privacy.secagg.site import SiteSession
@@ -141,7 +141,7 @@ def test_attack_understated_n(consortium: Consortium) -> None:
 
 @pytest.mark.parametrize(("n", "t"), [(2, 2), (4, 2), (4, 5), (6, 4)])
 def test_attack_low_threshold_or_small_cohort(consortium: Consortium, n: int, t: int) -> None:
-    with pytest.raises(Aborted, match=r"secagg\.(cohort|threshold)"):
+    with pytest.raises(Refused, match=r"secagg\.(cohort|threshold)"):
         consortium.sites(consortium.offer(n, t, 10))
 
 

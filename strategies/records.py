@@ -1,4 +1,4 @@
-"""A site's own records: CSV or JSONL with a text and a label column. Judged record by record; nothing here leaves.
+"""Labelled records from a file: CSV or JSONL with a text and a label column. Judged record by record; nothing here leaves.
 
 A record that doesn't fit (not text, too long, a label outside the contract) stays a unit but contributes zero: its
 place, and so every count that leaves, is the same as if it had been good.
@@ -37,13 +37,11 @@ def load_records(path: Path, labels: Sequence[str], *, text: str = "text", label
     """Read a file. Raises UsageError `data.missing`, `data.format`, `data.column`, `data.empty`; never quotes a record."""
     if not path.is_file() or path.stat().st_size > MAX_FILE:
         raise UsageError("data.missing", "The data file can't be read, or is too large.", "Check site.data.path.")
-    readers = {".csv": _csv, ".jsonl": _jsonl}
-    if path.suffix not in readers:
+    if path.suffix not in READERS:
         raise UsageError("data.format", f"Data of type {path.suffix!r} is not read.", "Use .csv or .jsonl.")
     known = {name: i for i, name in enumerate(labels)}
     texts, numbers, valid = [], [], []
-    for row in readers[path.suffix](path, (text, label)):
-        value, name = row
+    for value, name in READERS[path.suffix](path, (text, label)):
         ok = isinstance(value, str) and 0 < len(value) <= MAX_TEXT and isinstance(name, str) and name in known
         texts.append(str(value) if ok else "")
         numbers.append(known[str(name)] if ok else 0)
@@ -51,6 +49,18 @@ def load_records(path: Path, labels: Sequence[str], *, text: str = "text", label
     if not texts:
         raise UsageError("data.empty", "The data file holds no records.", "Check site.data.path.")
     return Records(texts, np.array(numbers, np.int64), np.array(valid, bool))
+
+
+def count_records(path: Path, *, text: str, label: str) -> int:
+    """Number of units of a file. Raises UsageError as `load_records`."""
+    return len(load_records(path, (), text=text, label=label))
+
+
+def public_labels(path: Path, *, text: str, label: str) -> tuple[str, ...]:
+    """The sorted labels of a PUBLIC file (a site's labels never leave it). Raises UsageError as `load_records`."""
+    if path.suffix not in READERS or not path.is_file():
+        raise UsageError("data.missing", "The public split can't be read.", "Give a .csv or .jsonl file.")
+    return tuple(sorted({name for _, name in READERS[path.suffix](path, (text, label)) if isinstance(name, str)}))
 
 
 def _csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[object, object]]:
@@ -96,3 +106,6 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[object, objec
 
 def _no_column(column: str, header: Sequence[str]) -> UsageError:
     return UsageError("data.column", f"The data has no column {column!r}.", nearest(column, header))
+
+
+READERS = {".csv": _csv, ".jsonl": _jsonl}

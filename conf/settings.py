@@ -1,0 +1,97 @@
+"""The shape of the configuration, group by group. What the sites must agree on becomes the contract; the rest is local."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, Terms
+
+
+class ModelSettings(Terms):
+    name: str = Field(description="written into the adapter's files in place of a path")
+    path: str = Field(description="local Hugging Face folder")
+    pooling: Literal["mean", "cls"] = "mean"
+    scale: float = Field(10.0, gt=0)
+    max_length: int = Field(24, ge=2)
+
+
+class SiteDeclaration(Terms):
+    n_decl: int | None = Field(None, ge=1, description="null: simulations round the true count to one digit")
+    weight: float = Field(1.0, gt=0, le=1)
+    file: str | None = Field(None, description="simulations only: that site's records")
+
+
+class Evaluation(Terms):
+    """A public labelled split that no site trains on."""
+
+    file: str | None = None
+    name: str = "public split"
+    text: str = "text"
+    label: str = "label"
+
+
+class DataSettings(Terms):
+    name: str
+    labels: tuple[str, ...] | None = Field(None, description="null: the labels of the public evaluation split")
+    floor: int = Field(50, ge=1)
+    text: str = "text"
+    label: str = "label"
+    sites: dict[Name, SiteDeclaration] = {}
+    evaluation: Evaluation = Evaluation()
+
+
+class PrivacySettings(PrivacyTerms):
+    delta: float | None = Field(None, gt=0, lt=1, description="null: min(1e-5, 1 / (10 n_decl)) at each site")
+    sigma: float | None = Field(None, gt=0, description="null: calibrated to epsilon over rounds + retries")
+
+
+class SecAggSettings(Terms):
+    enabled: bool = True
+    threshold: int | None = Field(None, description="null: the smallest legal one for the cohort")
+    colluding: int = Field(1, ge=1, description="n_C, sites that may collude with the coordinator")
+    bits: int = Field(24, ge=2, le=31)
+    range: float | None = Field(None, gt=0, description="null: 2 * clip * local_lr * local_steps")
+
+
+class SiteSettings(Terms):
+    name: Name = "site"
+    url: str = "https://localhost:8443"
+    data: str = "data.csv"
+    text: str = "text"
+    label: str = "label"
+    keys: str = "keys"
+    certificates: str = "certificates"
+    contract: str = "contract.json"
+    policy: str = "policy.yaml"
+    state: str = "state"
+    threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
+
+
+class ServerSettings(Terms):
+    name: Name = "coordinator"
+    host: str = "127.0.0.1"
+    port: int = Field(8443, ge=0, le=65535)
+    keys: str = "keys"
+    certificates: str = "certificates"
+    roster: str = "roster.json"
+    contract: str = "contract.json"
+    out: str = "outputs/run"
+    wait_s: float = Field(600.0, gt=0, description="for all sites to be online")
+    deadline_s: float = Field(600.0, gt=0, description="of the training stage")
+    stage_deadline_s: float = Field(60.0, gt=0, description="of every other stage")
+    evaluate_every: int = Field(5, ge=1)
+
+
+class Settings(Terms):
+    purpose: str = "private federated fine-tuning"
+    seed: int = Field(0, ge=0, lt=2**32)
+    model: ModelSettings
+    data: DataSettings
+    lora: LoraTerms
+    rule: RuleTerms
+    privacy: PrivacySettings
+    secure_aggregation: SecAggSettings
+    site: SiteSettings
+    server: ServerSettings

@@ -1,0 +1,95 @@
+"""The site's agent, put together: policy and contract first, then keys, trainer, ledger, round and link."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+from pathlib import Path
+
+from conf.settings import Settings, SiteSettings
+from fl_client.journal import SiteJournal
+from fl_client.policy import SitePolicy, accept, load_policy
+from fl_client.round import SiteRound
+from fl_client.supervisor import TrainerProcess
+from fl_client.training import Trainer
+from privacy.contract import Contract, load_contract
+from privacy.errors import Refused
+from privacy.files import read_file
+from privacy.identity import FileSigner, Signer, TrustStore
+from privacy.ledger import Ledger
+from privacy.secagg.peers import certificate_check
+
+log = logging.getLogger("consilo.agent")
+TRAIN_LIMIT_S = 3600.0
+
+
+def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> Ledger | None:
+    """The lineage of this site's data, made on first use. None for trust=none, which charges nothing.
+
+    Raises Refused `budget.exhausted` when the contract's whole schedule, retries included, doesn't fit the cap.
+    """
+    mechanism, privacy = contract.mechanism(site), contract.privacy
+    if not mechanism.private:
+        return None
+    path = folder / "ledger.jsonl"
+    if path.exists() and path.stat().st_size:
+        ledger = Ledger.open(path, signer)
+    else:
+        ledger = Ledger.create(path, signer, lineage=secrets.token_hex(16), unit=mechanism.unit,
+                               adjacency=mechanism.adjacency, delta=mechanism.delta, cap=policy.max_epsilon)
+    done = {(r.round, r.attempt) for r in ledger.summary().reserves if r.run == contract.run}
+    if not ledger.planned_fits(mechanism, max(0, privacy.rounds + privacy.retries - len(done))):
+        cap = ledger.cap
+        ledger.close()
+        raise Refused("budget.exhausted", f"The contract's rounds and retries don't fit the cap of {cap}.",
+                      "Ask for a contract with fewer rounds or more noise; a spent budget never comes back.")
+    return ledger
+
+
+class Agent:
+    """One contract at one site. Everything that may be refused is refused here, before the coordinator is spoken to."""
+
+    def __init__(self, settings: Settings) -> None:
+        site = settings.site
+        self.contract = load_contract(read_file(Path(site.contract)))
+        policy = load_policy(Path(site.policy))
+        accept(self.contract, site.name, policy)
+        certificates, state = Path(site.certificates), Path(site.state)
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        signer = FileSigner(Path(site.keys) / "sign.key", certificates / "sign.pem")
+        if signer.fingerprint != self.contract.site(site.name).signer:
+            raise Refused("contract.certificate", "The contract names another certificate for this site.",
+                          "Ask for a contract with this site's current certificate.")
+        trust = TrustStore.load(certificates / "trust")
+        self._journal = SiteJournal(state / "rounds.jsonl")
+        self._ledger = open_ledger(self.contract, site.name, policy, signer, state)
+        self._trainer: Trainer = TrainerProcess(_request(self.contract, settings), limit_s=TRAIN_LIMIT_S)
+        self.round = SiteRound(self.contract, site.name, trainer=self._trainer, policy=policy, signer=signer,
+                               check_certificate=certificate_check(trust), journal=self._journal, ledger=self._ledger)
+        self._site = site
+
+    def run(self, stop: threading.Event) -> None:
+        """Serve the coordinator until `stop`."""
+        from fl_client.link import FleetLink, build_app
+
+        site: SiteSettings = self._site
+        link = FleetLink(site.url, Path(site.certificates) / "tls.pem", Path(site.keys) / "tls.key",
+                         Path(site.certificates) / "trust" / "issuing-coordinator.pem")
+        try:
+            link.run(build_app(self.round.handlers()), None, stop)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        if isinstance(self._trainer, TrainerProcess):
+            self._trainer.close()
+        if self._ledger:
+            self._ledger.close()
+        self._journal.close()
+
+
+def _request(contract: Contract, settings: Settings) -> dict[str, str | int]:
+    site = settings.site
+    return {"contract": contract.to_bytes().decode(), "site": site.name, "model": str(Path(settings.model.path).resolve()),
+            "data": str(Path(site.data).resolve()), "text": site.text, "label": site.label, "threads": site.threads}

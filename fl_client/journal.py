@@ -1,0 +1,62 @@
+"""What a site must remember across a crash: which attempts it began, which updates it spent. Appended and fsynced.
+
+(run, round, attempt) only ever grows: an attempt that was begun is never begun again, so nothing is masked twice.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from privacy.canonical import canonical, parse
+from privacy.errors import Aborted, CheckFailed, UsageError
+from privacy.files import FileLayer
+
+Slot = tuple[int, int]  # (round, attempt)
+
+
+class SiteJournal:
+    """`SpentJournal` on a file. Raises Refused `file.leased`, CheckFailed `journal.broken`."""
+
+    def __init__(self, path: Path, files: FileLayer | None = None) -> None:
+        self._files = files or FileLayer()
+        self._fd = self._files.open_append(path)
+        self._last: dict[str, Slot] = {}
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for line in data[:whole].splitlines():
+            try:
+                event = parse(line)
+                self._remember(str(event["run"]), (int(event["round"]), int(event["attempt"])))
+            except (UsageError, KeyError, TypeError, ValueError) as e:
+                self.close()
+                raise CheckFailed("journal.broken", f"{path.name} holds a line that the agent didn't write.",
+                                  "Restore the file; without it an update could be masked twice.") from e
+        if whole < len(data):  # torn by a crash before fsync returned
+            self._files.truncate(self._fd, whole)
+
+    def last(self, run: str) -> Slot:
+        """The newest attempt begun in a run; (0, 0) if none."""
+        return self._last.get(run, (0, 0))
+
+    def started(self, run: str, round_no: int, attempt: int) -> None:
+        """Durable before M1. Raises Aborted `secagg.stale` unless the attempt is newer than all before."""
+        if (round_no, attempt) <= self.last(run):
+            raise Aborted("secagg.stale", "This attempt was begun before.", "Start a new attempt.")
+        self._append({"event": "started", "run": run, "round": round_no, "attempt": attempt})
+        self._remember(run, (round_no, attempt))
+
+    def spent(self, run: str, round_no: int, attempt: int, update: bytes) -> None:
+        """Durable before M5: the update with this hash counts as released."""
+        self._append({"event": "spent", "run": run, "round": round_no, "attempt": attempt, "update": update.hex()})
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _append(self, event: dict[str, str | int]) -> None:
+        self._files.append(self._fd, canonical(event) + b"\n")
+
+    def _remember(self, run: str, slot: Slot) -> None:
+        self._last[run] = max(slot, self.last(run))

@@ -1,0 +1,77 @@
+"""The site's own policy: what it may be asked for at most. The coordinator can stay below it, never above.
+
+`accept` is the approval of this version: it compares a contract with the policy once, before the agent connects.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from privacy.canonical import digest
+from privacy.contract import Contract, Terms, validate
+from privacy.errors import Refused, UsageError
+from privacy.files import read_file
+from privacy.secagg.transcript import check_cohort
+
+
+class SitePolicy(Terms):
+    """Written by the site, as YAML. Defaults are the strict ones."""
+
+    approver: str = Field(min_length=1, max_length=200, description="who answers for accepting contracts")
+    max_epsilon: float = Field(8.0, gt=0, description="cap of the lineage, for the life of the data")
+    max_delta: float = Field(1e-5, gt=0, lt=1)
+    min_sigma: float = Field(0.5, ge=0)
+    min_cohort: int = Field(3, ge=1)
+    colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
+    rules: tuple[str, ...] = ("ffa", "fedit")
+    units: tuple[str, ...] = ("record",)
+    allow_non_private: bool = False
+    reveal_update: bool = Field(False, description="true: single updates may be visible to the coordinator")
+
+    @property
+    def digest(self) -> str:
+        return digest(self.model_dump(mode="json"))
+
+
+def load_policy(path: Path) -> SitePolicy:
+    """Raises UsageError `file.missing`, `policy.yaml`, `config.unknown_key`, `config.invalid`."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(read_file(path, limit=2**16))
+    except yaml.YAMLError as e:
+        raise UsageError("policy.yaml", f"{path.name} is not plain YAML.", "Start from docs/policy-example.yaml.") from e
+    return validate(SitePolicy, value)
+
+
+def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
+    """Raises Refused `policy.<what>`, naming the limit; nothing was spent by then."""
+    terms, privacy = contract.site(site), contract.privacy
+    if privacy.trust == "none" and not policy.allow_non_private:
+        raise _refuse("non_private", "The contract trains without privacy.", "allow_non_private")
+    if privacy.epsilon is not None:
+        if privacy.epsilon > policy.max_epsilon:
+            raise _refuse("epsilon", f"The contract's epsilon {privacy.epsilon} is over {policy.max_epsilon}.",
+                          "max_epsilon")
+        if terms.delta > policy.max_delta:
+            raise _refuse("delta", f"The contract's delta {terms.delta} is over {policy.max_delta}.", "max_delta")
+        if terms.sigma < policy.min_sigma:
+            raise _refuse("sigma", f"The contract's sigma {terms.sigma} is under {policy.min_sigma}.", "min_sigma")
+    if len(contract.sites) < policy.min_cohort:
+        raise _refuse("cohort", f"The cohort of {len(contract.sites)} is under {policy.min_cohort}.", "min_cohort")
+    if contract.rule.name not in policy.rules:
+        raise _refuse("rule", f"Rule {contract.rule.name!r} is not allowed.", "rules")
+    if privacy.unit not in policy.units:
+        raise _refuse("unit", f"Privacy unit {privacy.unit!r} is not allowed.", "units")
+    if not contract.secagg.enabled and not policy.reveal_update:
+        raise _refuse("reveal_update", "Without secure aggregation the coordinator sees this site's updates.",
+                      "reveal_update")
+    if contract.secagg.enabled:
+        check_cohort(len(contract.sites), contract.secagg.threshold, policy.colluding)
+    contract.mechanism(site)
+
+
+def _refuse(what: str, cause: str, key: str) -> Refused:
+    return Refused(f"policy.{what}", cause, f"Ask for a tighter contract; only the site changes {key} in its policy.")

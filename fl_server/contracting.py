@@ -1,0 +1,98 @@
+"""From configuration to contract: digests of the real model, public sizes, calibrated noise, certificates of the roster."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from conf.settings import Settings
+from privacy import __version__
+from privacy.calibration import calibrate_sigma
+from privacy.contract import (
+    Contract,
+    DataTerms,
+    ModelTerms,
+    PrivacyTerms,
+    SecAggTerms,
+    SiteTerms,
+    validate,
+)
+from privacy.errors import UsageError
+from privacy.mechanism import default_delta
+from privacy.secagg.encoding import Encoding
+from privacy.secagg.transcript import check_cohort, least_threshold
+from strategies.model import folder_digests
+from strategies.optimizers import optimizer
+from strategies.records import public_labels
+from strategies.rules import rule
+
+
+def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
+    """signers: fingerprint of each site's Ed25519 certificate. Everything is refused here that can't work later.
+
+    Raises UsageError `contract.*`, `dp.*`, `rule.*`, `encoding.overflow`; Refused `secagg.cohort`, `secagg.threshold`.
+    """
+    names = sorted(settings.data.sites)
+    if not names:
+        raise UsageError("contract.no_sites", "The cohort is empty.", "Name the sites under data.sites.")
+    if missing := [n for n in names if n not in signers]:
+        raise UsageError("contract.no_certificate", f"The roster has no certificate for {', '.join(missing)}.",
+                         "Issue certificates with fl-ca, and make a new roster.")
+    rule(settings.rule.name, secure=settings.secure_aggregation.enabled)
+    optimizer(settings.rule.optimizer)
+    weights, tokenizer = folder_digests(Path(settings.model.path))
+    model = settings.model
+    contract = Contract(
+        run=secrets.token_hex(16), purpose=settings.purpose, code_version=__version__,
+        model=ModelTerms(weights=weights, tokenizer=tokenizer, pooling=model.pooling, scale=model.scale,
+                         max_length=model.max_length),
+        data=DataTerms(name=settings.data.name, labels=_labels(settings), floor=settings.data.floor),
+        lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,
+        privacy=_privacy(settings), secagg=_secagg(settings, len(names)),
+        sites=tuple(_site(settings, name, signers[name]) for name in names))
+    for name in names:
+        contract.mechanism(name)
+    return validate(Contract, contract.model_dump(mode="json"))
+
+
+def _privacy(settings: Settings) -> PrivacyTerms:
+    return PrivacyTerms.model_validate(settings.privacy.model_dump(exclude={"delta", "sigma"}))
+
+
+def _secagg(settings: Settings, n: int) -> SecAggTerms:
+    s, p = settings.secure_aggregation, settings.privacy
+    threshold = s.threshold or min(n, least_threshold(n, s.colluding))
+    bound = s.range or 2 * p.clip * settings.rule.local_lr * p.local_steps
+    terms = SecAggTerms(enabled=s.enabled, threshold=max(2, threshold), bits=s.bits, range=bound)
+    if s.enabled:
+        check_cohort(n, terms.threshold, s.colluding)
+    Encoding(bits=terms.bits, range=terms.range, cohort=n)
+    return terms
+
+
+def _site(settings: Settings, name: str, signer: str) -> SiteTerms:
+    declared, p = settings.data.sites[name], settings.privacy
+    if declared.n_decl is None:
+        raise UsageError("contract.n_decl", f"{name} has no declared number of units.",
+                         f"Set data.sites.{name}.n_decl to its size, rounded to one significant digit.")
+    delta = p.delta if p.delta is not None else default_delta(declared.n_decl)
+    if delta >= 1 / declared.n_decl:
+        raise UsageError("dp.parameter", f"delta = {delta} is not below 1 / {declared.n_decl} at {name}.",
+                         "Leave privacy.delta null, or lower it.")
+    sigma = 0.0
+    if p.epsilon is not None:
+        steps = (p.rounds + p.retries) * p.local_steps
+        sigma = p.sigma if p.sigma is not None else calibrate_sigma(p.q, steps, delta, p.epsilon)
+    return SiteTerms(name=name, signer=signer, n_decl=declared.n_decl, weight=declared.weight, delta=delta, sigma=sigma)
+
+
+def _labels(settings: Settings) -> tuple[str, ...]:
+    """From the configuration, or from the public split: never from a site's data."""
+    if settings.data.labels is not None:
+        return settings.data.labels
+    split = settings.data.evaluation
+    if split.file is None:
+        raise UsageError("contract.labels", "The labels are not known.",
+                         "Set data.labels, or data.evaluation.file to a public labelled file.")
+    return public_labels(Path(split.file), text=split.text, label=split.label)

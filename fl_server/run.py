@@ -1,0 +1,205 @@
+"""A run: rounds and retries over one exchange, the server optimiser, the journal, the adapter of each round, evidence.
+
+Guarantees: every event is in the journal before the next begins; an attempt is applied once or not at all; when the
+contract's retries are used up the run ends; the evidence is sealed at the end, whatever the outcome.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.x509 import Certificate
+
+from fl_server.evaluation import PublicSplit, Score
+from fl_server.exchange import Exchange, Note
+from fl_server.journal import RunJournal
+from fl_server.model_card import write_card
+from fl_server.round import Deadlines, RoundDriver, void
+from privacy import stages
+from privacy.bundle import BundleWriter
+from privacy.canonical import decimal, parse
+from privacy.contract import Contract, validate
+from privacy.errors import ConsiloError, RoundVoid
+from privacy.identity import Signer, fingerprint
+from privacy.secagg.peers import CheckCertificate
+from privacy.statements import make, open_envelope
+from strategies.adapter import Tensors, adapter_digest, initial
+from strategies.model import TextClassifier
+from strategies.optimizers import optimizer
+from strategies.rules import rule
+
+KEPT_ROUNDS = 3  # adapters of older rounds are deleted; their digests stay in the journal
+Progress = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run hands on. seconds: wall time by phase."""
+
+    before: Score
+    after: Score
+    rounds: int
+    void: int
+    epsilon: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+class Run:
+    """`folder` receives journal.jsonl, rounds/NNNN/ (PEFT folders), adapter/, evidence/."""
+
+    def __init__(self, contract: Contract, model: TextClassifier, base_name: str, split: PublicSplit,
+                 exchange: Exchange, *, name: str, signer: Signer, bundle: BundleWriter, folder: Path, deadlines: Deadlines,
+                 check_certificate: CheckCertificate, certificates: Mapping[str, Certificate], evaluate_every: int,
+                 progress: Progress) -> None:
+        self.contract, self._model, self._base_name, self._split = contract, model, base_name, split
+        self._exchange, self._signer, self._bundle, self._folder = exchange, signer, bundle, folder
+        self._deadlines, self._certificates, self._progress = deadlines, certificates, progress
+        self._evaluate_every, self._name = evaluate_every, name
+        self._spec = model.spec(rule(contract.rule.name, secure=contract.secagg.enabled).trains)
+        self._driver = RoundDriver(contract, self._spec, exchange, deadlines=deadlines,
+                                   check_certificate=check_certificate, certificates=certificates)
+        self._journal = RunJournal(folder / "journal.jsonl")
+        self._names = [s.name for s in contract.sites]
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> Result:
+        """Raises RoundVoid when the retries are used up; evidence is written and sealed all the same."""
+        contract, adapter = self.contract, initial(self._spec, self.contract.lora.seed)
+        self._journal.write("run", run=contract.run, contract=contract.digest, rounds=contract.privacy.rounds,
+                            adapter=adapter_digest(adapter))
+        before = after = self._timed("evaluation", lambda: self._split.score(adapter))
+        outcome, done, voids = "done", 0, 0
+        try:
+            self._accept()
+            state = np.zeros(self._spec.dim, np.float32)
+            self._progress({"event": "start", "accuracy": before.accuracy})
+            for round_no in range(1, contract.privacy.rounds + 1):
+                mean, voids = self._attempts(round_no, adapter, voids)
+                change, state = optimizer(contract.rule.optimizer)(contract.rule, mean.delta, state)
+                old, adapter = adapter, self._spec.add(adapter, change)
+                self._save(round_no, old, adapter, mean.transcript, mean.statements)
+                done = round_no
+                last = round_no == contract.privacy.rounds
+                if last or round_no % self._evaluate_every == 0:
+                    tensors = adapter
+                    after = self._timed("evaluation", lambda: self._split.score(tensors))  # noqa: B023 - called at once
+                self._progress({"event": "round", "round": round_no, "rounds": contract.privacy.rounds,
+                                "accuracy": after.accuracy, "measured": last or round_no % self._evaluate_every == 0})
+        except ConsiloError as e:
+            outcome = e.code
+            raise
+        finally:
+            if done:
+                self._release(adapter, done, before, after)
+            epsilon = self._close()
+            self._journal.write("end", outcome=outcome)
+            self._bundle.seal(self._signer)
+            self._journal.close()
+        return Result(before, after, done, voids, epsilon, dict(self._seconds))
+
+    def _accept(self) -> None:
+        """Every site states that it accepted this contract. Raises RoundVoid `run.not_accepted`-like site codes."""
+        answers = self._query("accept")
+        bad = {name: a.code or "site.unreachable" for name, a in answers.items() if a.note is None}
+        if bad:
+            raise void(bad)
+        for name in self._names:
+            note = answers[name].note
+            if note is not None:
+                self._keep("acceptance", name, validate(stages.Acceptance, parse(note.body)).statement)
+
+    def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Any, int]:
+        """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
+        attempt = 0
+        while True:
+            self._journal.write("round", round=round_no, attempt=attempt)
+            try:
+                return self._timed("rounds", lambda: self._driver.attempt(round_no, attempt, adapter)), voids  # noqa: B023
+            except RoundVoid as e:
+                self._journal.write("void", round=round_no, attempt=attempt, reason=e.code, sites=list(e.sites))
+                self._state_round(round_no, attempt, adapter_digest(adapter), "", "void", e.code, "")
+                self._progress({"event": "void", "round": round_no, "reason": e.code, "sites": list(e.sites)})
+                voids, attempt = voids + 1, attempt + 1
+                if voids > self.contract.privacy.retries:
+                    raise
+                self._exchange.wait_online(self._names, self._deadlines.training_s)
+
+    def _save(self, round_no: int, old: Tensors, new: Tensors, transcript: str, statements: Mapping[str, bytes]) -> None:
+        """Adapter on disk first, then the journal's line: from there on the round counts."""
+        folder = self._folder / "rounds" / f"{round_no:04d}"
+        self._timed("saving", lambda: self._model.save(folder, new, self._base_name))
+        self._journal.write("done", round=round_no, adapter=adapter_digest(new), folder=folder.name)
+        for name in self._names:
+            self._bundle.add_statement("round-site", name, statements[name])
+        self._state_round(round_no, self._attempt_of(statements), adapter_digest(old), adapter_digest(new), "done", "",
+                          transcript)
+        shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
+
+    def _attempt_of(self, statements: Mapping[str, bytes]) -> int:
+        name = self._names[0]
+        certificate = self._certificates[name]
+        attempt = open_envelope(statements[name], {fingerprint(certificate): certificate}).predicate["attempt"]
+        return int(attempt)
+
+    def _state_round(self, round_no: int, attempt: int, old: str, new: str, outcome: str, reason: str,
+                     transcript: str) -> None:
+        self._state("round", ("adapter", new or old), {
+            "round": round_no, "attempt": attempt, "outcome": outcome, "reason": reason,
+            "sites": self._names if outcome == "done" else [], "adapter_in": old, "adapter_out": new,
+            "transcript": transcript})
+
+    def _release(self, adapter: Tensors, rounds: int, before: Score, after: Score) -> None:
+        folder = self._folder / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._model.save(folder, adapter, self._base_name)
+        write_card(folder, self.contract, self._base_name, rounds, before.accuracy, after.accuracy, self._split.name)
+        self._state("release", ("adapter", adapter_digest(adapter)), {
+            "adapter": adapter_digest(adapter), "rounds": rounds, "metric_name": "accuracy",
+            "metric_before": decimal(before.accuracy), "metric_after": decimal(after.accuracy),
+            "split": self._split.name, "units": after.units})
+
+    def _close(self) -> dict[str, str]:
+        """Closing statements and ledgers of the sites that still answer; epsilon by site, as they claim it."""
+        epsilon = {}
+        for name, answer in self._query("closing").items():
+            if answer.note is None:
+                self._progress({"event": "silent", "site": name, "reason": answer.code or ""})
+                continue
+            try:
+                closed = validate(stages.Closed, parse(answer.note.body))
+                if closed.ledger:
+                    statement = self._keep("closing", name, closed.statement)
+                    self._bundle.add_ledger(name, closed.ledger.encode())
+                    epsilon[name] = str(statement.predicate.get("epsilon", ""))
+            except ConsiloError as e:
+                self._progress({"event": "silent", "site": name, "reason": e.code})
+        return epsilon
+
+    def _query(self, stage: str) -> dict[str, Any]:
+        note = Note(stages.dump(stages.Ask(contract=self.contract.digest)))
+        return self._exchange.ask(stage, dict.fromkeys(self._names, note), deadline_s=self._deadlines.stage_s)
+
+    def _keep(self, kind: str, name: str, envelope: str) -> Any:
+        """Store a site's statement once its signature is verified."""
+        certificate = self._certificates[name]
+        statement = open_envelope(envelope.encode(), {fingerprint(certificate): certificate})
+        self._bundle.add_statement(kind, name, envelope.encode())
+        return statement
+
+    def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
+        common = {"run": self.contract.run, "contract": self.contract.digest}
+        envelope = make(self._signer, f"urn:consilo:{kind}:1", [subject], common | predicate)
+        self._bundle.add_statement(kind, self._name, envelope)
+
+    def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,113 @@
+"""A whole federation in one process: the coordinator's and the sites' own code over the in-process grid.
+
+Only three things differ from real processes: the transport, the trainer (same class, no child process) and the CA,
+which is made for the occasion in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.settings import Settings, SiteDeclaration
+from fl_client.agent import open_ledger
+from fl_client.journal import SiteJournal
+from fl_client.link import build_app
+from fl_client.policy import SitePolicy, accept
+from fl_client.round import SiteRound
+from fl_client.training import LocalTrainer
+from fl_server.assemble import make_run, site_certificates
+from fl_server.contracting import make_contract
+from fl_server.exchange import Exchange
+from fl_server.run import Progress, Result
+from privacy import ca
+from privacy.contract import Contract
+from privacy.errors import UsageError
+from privacy.files import read_file
+from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.mechanism import declared
+from privacy.secagg.peers import certificate_check
+from simulations.inprocess import InProcessGrid
+from strategies.records import count_records
+
+Tap = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """result, the contract, and the root's fingerprint for `fl-privacy verify`."""
+
+    result: Result
+    contract: Contract
+    root: str
+
+
+def federate(settings: Settings, *, progress: Progress = lambda event: None, tap: Tap = lambda m, r: None,
+             drop: Callable[[int, Any, int], Any] = lambda node, message, k: None,
+             policy: SitePolicy | None = None, state: Path | None = None) -> Outcome:
+    """Run one job in this process. Sites' ledgers and journals live in `state` (default: with the CA, thrown away).
+
+    Raises what the two sides raise; RoundVoid when the retries are used up.
+    """
+    settings = declare_sites(settings)
+    policy = policy or _permissive(settings)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="consilo-")))
+        trust = _consortium(folder, [*settings.data.sites, settings.server.name], settings.server.name)
+        roster = {e.name: e for e in ca.verify_roster(ca.roster(folder / "ca"), TrustStore.load(trust))}
+        contract = make_contract(settings, {n: e.sign_fingerprint for n, e in roster.items()})
+        check, apps, nodes = certificate_check(TrustStore.load(trust)), {}, {}
+        for index, (name, site) in enumerate(sorted(settings.data.sites.items())):
+            own = (state or folder) / name
+            own.mkdir(parents=True, exist_ok=True)
+            accept(contract, name, policy)
+            signer = _signer(folder, name)
+            ledger = open_ledger(contract, name, policy, signer, own)
+            journal = SiteJournal(own / "rounds.jsonl")
+            stack.callback(journal.close)
+            if ledger:
+                stack.callback(ledger.close)
+            trainer = LocalTrainer(contract, name, model=Path(settings.model.path), data=Path(str(site.file)),
+                                   text=settings.data.text, label=settings.data.label)
+            handlers = SiteRound(contract, name, trainer=trainer, policy=policy, signer=signer,
+                                 check_certificate=check, journal=journal, ledger=ledger).handlers()
+            apps[index + 1], nodes[name] = build_app(handlers), index + 1
+        exchange = Exchange(InProcessGrid(apps, drop=drop, tap=tap), nodes)
+        run = make_run(settings, contract, exchange, signer=_signer(folder, settings.server.name), trust=trust,
+                       certificates=site_certificates(contract, roster), progress=progress)
+        return Outcome(run.run(), contract, read_file(trust / "ca.sha256").decode().strip())
+
+
+def declare_sites(settings: Settings) -> Settings:
+    """Fill in what a simulation may know: the declared size of each site, from its file."""
+    sites = {}
+    for name, site in settings.data.sites.items():
+        if site.file is None:
+            raise UsageError("simulation.no_file", f"Site {name} has no data file.", f"Set data.sites.{name}.file.")
+        count = count_records(Path(site.file), text=settings.data.text, label=settings.data.label)
+        sites[name] = SiteDeclaration(file=site.file, weight=site.weight, n_decl=site.n_decl or declared(count))
+    return settings.model_copy(update={"data": settings.data.model_copy(update={"sites": sites})})
+
+
+def _permissive(settings: Settings) -> SitePolicy:
+    """In a simulation the one who runs it owns all the data."""
+    p = settings.privacy
+    return SitePolicy(approver="simulation", max_epsilon=p.epsilon or 8.0, max_delta=0.1, min_sigma=0.0, min_cohort=1,
+                      colluding=settings.secure_aggregation.colluding, allow_non_private=True, reveal_update=True)
+
+
+def _consortium(folder: Path, names: list[str], coordinator: str) -> Path:
+    ca.init(folder / "ca", "Simulated consortium", days=30)
+    for name in names:
+        request = create_request(folder / "keys" / name, name, f"Organisation of {name}")
+        role, hosts = (Role.COORDINATOR, ["localhost"]) if name == coordinator else (Role.SITE, [])
+        ca.issue(folder / "ca", request, role, days=30, hosts=hosts)
+    return folder / "ca"
+
+
+def _signer(folder: Path, name: str) -> FileSigner:
+    return FileSigner(folder / "keys" / name / "sign.key", folder / "ca" / "issued" / name / "sign.pem")
