@@ -5,7 +5,8 @@ It knows one thing, the Poisson-subsampled Gaussian under add/remove adjacency, 
 Guarantee: the epsilon returned is an upper bound of the true one. The loss is discretised by connecting the dots
 (Doroshenko et al., arXiv 2207.04380: each cell's P- and Q-mass are both kept), truncated tails count as infinite loss,
 and what the FFT wraps around (Chernoff bound) or rounds is added to delta. Both directions are composed; the larger
-epsilon is reported. At the default interval it lies within 1e-3 of dp-accounting's.
+epsilon is reported. At the default interval it lies within 1e-3 of dp-accounting's, for delta above about 1e-12 times
+the steps; below that, the charge for rounding makes it loose, at last infinite. Parameters must be fixed beforehand.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +48,7 @@ class _Line(NamedTuple):
 
 
 class Ledger:
-    """An open ledger; it holds the file's lease until `close`. Use it as a context manager."""
+    """An open ledger; it holds the file's lease until `close`. Use it as a context manager, from one thread."""
 
     def __init__(self, fd: int, chain: Chain, lines: list[_Line], signer: Signer, files: FileLayer) -> None:
         """For `create` and `open` only."""
@@ -70,16 +72,19 @@ class Ledger:
         first = validate(Open, {"seq": 0, "prev": ZERO, "kind": "open", "lineage": lineage, "unit": unit,
                                 "adjacency": adjacency, "delta": decimal(delta), "cap": decimal(cap)})
         files = files or FileLayer()
-        fd = files.open_append(path)
+        with _writing():
+            fd = files.open_append(path)
         try:
             data = _read(fd)
             if b"\n" in data:
                 raise Refused("ledger.exists", f"{path.name} is a ledger already.", "Open it, or choose a new lineage.")
             if data:  # a creation that was interrupted
-                files.truncate(fd, 0)
+                with _writing():
+                    files.truncate(fd, 0)
             ledger = cls(fd, Chain(signer.certificate), [], signer, files)
             ledger._append(first)
-            _sync_folder(path.parent)
+            with _writing():
+                _sync_folder(path.parent)
         except BaseException:
             files.close(fd)
             raise
@@ -89,12 +94,13 @@ class Ledger:
     def open(cls, path: Path, signer: Signer, files: FileLayer | None = None) -> Ledger:
         """Take the lease, verify every record and signature, cut off a torn last line (it was never synced).
 
-        Raises CheckFailed `ledger.broken`; Refused `file.leased`; UsageError `ledger.missing`.
+        Raises CheckFailed `ledger.broken`; Refused `file.leased`, `ledger.write_failed`; UsageError `ledger.missing`.
         """
         if not path.exists():
             raise UsageError("ledger.missing", f"There is no ledger {path.name}.", "Check the path, or create it.")
         files = files or FileLayer()
-        fd = files.open_append(path)
+        with _writing():
+            fd = files.open_append(path)
         try:
             data = _read(fd)
             lines, end = split_lines(data)
@@ -102,7 +108,8 @@ class Ledger:
             kept = [_Line(_run_of(chain.add(line)), line) for line in lines]
             _ = chain.opened
             if end < len(data):
-                files.truncate(fd, end)
+                with _writing():
+                    files.truncate(fd, end)
         except BaseException:
             files.close(fd)
             raise
@@ -125,7 +132,7 @@ class Ledger:
         if (run, round, attempt) in self._chain.slots:
             raise Refused("ledger.duplicate", f"Round {round}, attempt {attempt} of this run is reserved already.",
                           "Send the stored reply again, or start a new attempt.")
-        total = decimal_up(self._epsilon([_release(mechanism, mechanism.steps)]))
+        total = decimal_up(self._epsilon([Release(mechanism.q, mechanism.sigma, mechanism.steps)]))
         if not self._within_cap(total):
             raise Refused("budget.exhausted", f"The round would bring epsilon to {total}, over the cap {self.cap}.",
                           "End the job; only data that this lineage never used has a budget left.")
@@ -191,7 +198,8 @@ class Ledger:
         Raises as `reserve` does for a mechanism that the lineage doesn't cover.
         """
         self._check_mechanism(mechanism)
-        return self._within_cap(decimal_up(self._epsilon([_release(mechanism, mechanism.steps * rounds)])))
+        schedule = Release(mechanism.q, mechanism.sigma, mechanism.steps * rounds)
+        return self._within_cap(decimal_up(self._epsilon([schedule])))
 
     def summary(self) -> LedgerSummary:
         """Everything verified so far."""
@@ -231,11 +239,8 @@ class Ledger:
         """Sign, append, fsync; only then does the record count as written. Unusable if anything goes wrong between."""
         line, hash_ = sign_record(body, self._signer)
         self._usable = False
-        try:
+        with _writing():
             self._files.append(self._fd, line)
-        except OSError as e:
-            raise Refused("ledger.write_failed", f"The ledger can't be written ({e.strerror or type(e).__name__}).",
-                          "Free or repair the disk, then start the job again.") from e
         self._chain.take(body, hash_)
         self._lines.append(_Line(_run_of(body), line[:-1]))
         self._usable = True
@@ -269,8 +274,13 @@ class Ledger:
         return Decimal(total) <= Decimal(self._chain.opened.cap)
 
 
-def _release(mechanism: DpMechanism, steps: int) -> Release:
-    return Release(mechanism.q, mechanism.sigma, steps)
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise Refused("ledger.write_failed", f"The ledger can't be written ({e.strerror or type(e).__name__}).",
+                      "Free or repair the disk, then start the job again.") from e
 
 
 def _run_of(body: Body | None) -> str:

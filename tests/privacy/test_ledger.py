@@ -399,6 +399,16 @@ def test_torn_last_line_is_cut_off_and_only_it(path):
         assert code_of(check_extract, data[:end], SIGNER.certificate) == "ledger.broken"
 
 
+def test_case_25_a_torn_line_that_cannot_be_cut_off_grants_nothing(path):
+    filled(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    assert code_of(Ledger.open, path, SIGNER, Disk(1, BROKEN)) == "ledger.write_failed"
+    with pytest.raises(Crash):
+        Ledger.open(path, SIGNER, Disk(1))
+    assert reopened(path).head.seq == 5  # and the lease was given back both times
+    assert code_of(create, path.parent / "no" / "folder.jsonl", SIGNER) == "ledger.write_failed"
+
+
 def test_torn_line_of_a_broken_ledger_is_left_alone(path):
     filled(path)
     data = path.read_bytes().replace(b"dr.a", b"dr.b", 1)[:-5]
