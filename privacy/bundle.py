@@ -80,7 +80,7 @@ class Round(Predicate):
     round: int = Field(ge=1, lt=2**31)
     attempt: Count
     outcome: Literal["done", "void"]
-    reason: str = Field(pattern=r"^([a-z_]+\.[a-z_]+)?$", max_length=64)
+    reason: str = Field(pattern=r"^[a-z0-9_.]*$", max_length=64)
     sites: list[Name] = Field(max_length=100)
     adapter_in: Sha256
     adapter_out: Sha256 | Literal[""]

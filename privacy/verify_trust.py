@@ -41,11 +41,8 @@ class Event:
 
 @dataclass(frozen=True)
 class Spending:
-    """A site's epsilon after each reserve of this run, as its ledger claims it and as recomputed from what it shows;
-    `alone`: recomputed for this run's reserves only; `spent`: the lineage's total, as claimed at the end."""
+    """Epsilon at one site. `alone`: recomputed for this run's reserves; `spent`: the lineage's total, as claimed."""
 
-    claimed: tuple[float, ...]
-    recomputed: tuple[float, ...]
     alone: float
     spent: float
 
@@ -68,7 +65,7 @@ class Facts:
         return [e.predicate for e in self.events if isinstance(e.predicate, kind)]
 
     def agreed(self) -> Contract:
-        """The contract. Raises CheckFailed `verify.no_contract` while rule 5 has not accepted one."""
+        """The contract. Raises CheckFailed `verify.no_contract` unless rule 5 could read one."""
         if self.contract is None:
             raise CheckFailed("verify.no_contract", "There is no valid contract.", "See the contract step.")
         return self.contract

@@ -57,14 +57,14 @@ class Consortium:
 
 
 def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
-    """Three sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`, and
-    `purpose`, change the contract around it."""
+    """Three sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`,
+    `purpose` and `code_version` change the contract around it."""
     secagg = changes.pop("secagg", True)
-    purpose = changes.pop("purpose", "A test of evidence")
+    purpose, code = changes.pop("purpose", "A test of evidence"), changes.pop("code_version", "0.1.0")
     privacy = {"q": 0.5, "clip": 5.0, "epsilon": 8.0, "rounds": 3, "retries": 1, "local_steps": 2, **changes}
     sigma = 0.0 if privacy.get("trust") == "none" else 3.0
     return Contract.model_validate({
-        "run": RUN, "purpose": purpose, "code_version": "0.1.0",
+        "run": RUN, "purpose": purpose, "code_version": code,
         "model": {"weights": sha("weights"), "tokenizer": sha("tokenizer")},
         "data": {"name": "letters", "labels": ["no", "yes"]}, "lora": {}, "rule": {}, "privacy": privacy,
         "secagg": {"enabled": secagg, "threshold": 3, "range": 1.0},

@@ -18,9 +18,10 @@ from evidence_fixture import RUN, SITES, Consortium, contract, reseal, sha, stat
 
 import privacy.bundle
 import privacy.ledger
-from privacy.bundle import BundleWriter, read_bundle
+from privacy.bundle import MANIFEST, BundleWriter, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, Refused, UsageError
 from privacy.identity import Role
+from privacy.statements import make
 from privacy.verify import Verdict, verify_bundle
 
 CANARY = "canary-7f3a"
@@ -159,6 +160,21 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "closing left out": (change("closing", {"site": "clinic-a"}, drop=True), "ledgers", "closed the run"),
     "another adapter released": (change("release", adapter=sha("x")), "release", "last round"),
     "release left out": (change("release", drop=True), "release", "exactly one"),
+    "release of more rounds": (change("release", rounds=4), "release", "another number"),
+    "done without a transcript": (change("round", {"round": 1}, transcript=""), "rounds", "no transcript"),
+    "done with a reason": (change("round", {"round": 1}, reason="round.late"), "rounds", "a reason"),
+    "void without a reason": (change("round", {"outcome": "void"}, reason=""), "rounds", "void"),
+    "unknown site in the sum": (change("round", {"round": 1}, sites=["clinic-a", "clinic-b", "clinic-x"]), "rounds",
+                                "unknown"),
+    "acceptance without a cap": (change("acceptance", {"site": "clinic-a"}, cap=""), "contract", "without a ledger"),
+    "acceptance of another delta": (change("acceptance", {"site": "clinic-a"}, delta="0.1"), "contract", "delta"),
+    "acceptance of another lineage": (change("acceptance", {"site": "clinic-a"}, lineage="00" * 16), "ledgers",
+                                      "acceptance"),
+    "closing of another lineage": (change("closing", {"site": "clinic-a"}, lineage="00" * 16), "ledgers", "lineage"),
+    "closing above the cap": (change("closing", {"site": "clinic-a"}, epsilon="11.0"), "epsilon", "exceeds the cap"),
+    "statement without epsilon": (change("round-site", {"round": 1}, epsilon=""), "epsilon", "names no epsilon"),
+    "attempt invented by sites": (change("round-site", {"round": 3}, round=4), "rounds", "account for"),
+    "attempt that was never charged": (change("round-site", {"round": 3}, attempt=7), "ledgers", "never charged"),
     "speaking for another site": (change("round-site", {"site": "clinic-a", "round": 1}, site="clinic-b"), "statements",
                                   "another site"),
     "unknown field": (change("release", **{CANARY: 1}), "statements", "config.unknown_key"),
@@ -172,6 +188,89 @@ def test_lie(lie: str, parties: Consortium, tmp_path: Path) -> None:
     assert_fails(verify_bundle(write_bundle(tmp_path / "b", parties, edit=edit), parties.fingerprint), step, words)
 
 
+@pytest.mark.parametrize(("kind", "who", "step"), [
+    ("acceptance", "clinic-a", "contract"), ("release", "hub", "release"), ("closing", "clinic-b", "ledgers"),
+    ("round-site", "clinic-c", "rounds")])
+def test_said_twice(kind: str, who: str, step: str, copy: Path, parties: Consortium) -> None:
+    shutil.copy(statement_path(copy, kind, who), copy / f"statements/000024-{kind}-{who}.json")
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), step)
+
+
+def test_ledger_and_closing_withheld(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, edit=change("closing", {"site": "clinic-a"}, drop=True))
+    (bundle / "ledgers/clinic-a.jsonl").unlink()
+    verdict = verify_bundle(reseal(bundle, parties), parties.fingerprint)
+    assert_fails(verdict, "ledgers", "shows no ledger")
+    assert_fails(verdict, "epsilon", "no valid ledger")
+
+
+def test_more_rounds_than_agreed(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, rounds=2))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "rounds", "more rounds")
+
+
+def test_transcript_without_secure_aggregation(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, secagg=False),
+                          edit=change("round", {"round": 1}, transcript=sha("T3")))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "rounds", "was off")
+
+
+def test_code_other_than_agreed(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, code_version="0.2.0"))
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "ledgers", "code")
+
+
+def test_ledger_shown_although_non_private(parties: Consortium, copy: Path, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, trust="none", epsilon=None))
+    (bundle / "ledgers").mkdir(exist_ok=True)
+    shutil.copy(copy / "ledgers/clinic-a.jsonl", bundle / "ledgers")
+    assert_fails(verify_bundle(reseal(bundle, parties), parties.fingerprint), "ledgers", "non-private")
+
+
+def test_certificates_under_other_names(copy: Path, parties: Consortium, tmp_path: Path) -> None:
+    folder = copy / "certificates"
+    for a, b, words in (("clinic-a", "clinic-b", "another name"),
+                        ("issuing-site", "issuing-coordinator", "role's name")):
+        (folder / f"{a}.pem").rename(tmp_path / "aside")
+        (folder / f"{b}.pem").rename(folder / f"{a}.pem")
+        (tmp_path / "aside").rename(folder / f"{b}.pem")
+        assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "certificates", words)
+
+
+def test_issuing_ca_of_a_role_that_does_not_belong(copy: Path, parties: Consortium) -> None:
+    (copy / "certificates/issuing-engineer.pem").write_bytes(parties.pem("issuing-engineer.pem"))
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "certificates", "not exactly those")
+
+
+def test_tls_certificate_in_place_of_the_signing_one(copy: Path, parties: Consortium) -> None:
+    (copy / "certificates/clinic-a.pem").write_bytes(parties.pem("issued/clinic-a/tls.pem"))
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "certificates", "identity.usage")
+
+
+@pytest.mark.parametrize(("subject", "named"), [(sha("x"), None), (None, sha("x"))])
+def test_manifest_of_another_contract(subject: str | None, named: str | None, copy: Path, parties: Consortium) -> None:
+    (copy / "manifest.json").unlink()
+    raw, digest = read_bundle(copy), contract(parties.signers).digest
+    predicate = {"run": RUN, "contract": named or digest, "files": {name: raw.sha256(name) for name in raw.files}}
+    envelope = make(parties.signers["hub"], MANIFEST.predicate_type, [("contract.json", subject or digest)], predicate)
+    (copy / "manifest.json").write_bytes(envelope)
+    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", "another")
+
+
+def test_statement_under_another_type(copy: Path, parties: Consortium) -> None:
+    path = statement_path(copy, "closing", "clinic-a")
+    path.rename(path.with_name(path.name.replace("closing", "acceptance")))
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "statements", "verify.type")
+
+
+def test_cumulative_epsilon_that_falls(parties: Consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = privacy.ledger.epsilon
+    monkeypatch.setattr(privacy.ledger, "epsilon",
+                        lambda releases, delta: real(list(releases), delta) + (5 if len(list(releases)) < 3 else 0))
+    bundle = write_bundle(tmp_path / "b", parties)
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "falls")
+
+
 def test_other_noise_in_the_ledger(parties: Consortium, tmp_path: Path) -> None:
     weak = write_bundle(tmp_path / "b", parties, ledger_mechanism=lambda m: dataclasses.replace(m, sigma=2.0))
     assert_fails(verify_bundle(weak, parties.fingerprint), "ledgers", "another mechanism")
@@ -182,7 +281,7 @@ def test_ledger_with_a_flattering_accountant(parties: Consortium, tmp_path: Path
     real = privacy.ledger.epsilon
     monkeypatch.setattr(privacy.ledger, "epsilon", lambda releases, delta: real(releases, delta) / 2.5)
     bundle = write_bundle(tmp_path / "b", parties)
-    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "claims less epsilon")
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "claims less epsilon than was spent")
 
 
 def test_more_spent_than_the_contract_allows(parties: Consortium, tmp_path: Path) -> None:
@@ -299,6 +398,11 @@ def test_statement_under_another_name(copy: Path, parties: Consortium) -> None:
 def test_contract_swapped(copy: Path, parties: Consortium) -> None:
     (copy / "contract.json").write_bytes(contract(parties.signers, purpose=CANARY).to_bytes())
     assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "contract", "another contract")
+
+
+def test_contract_reformatted(copy: Path, parties: Consortium) -> None:
+    (copy / "contract.json").write_bytes((copy / "contract.json").read_bytes() + b"\n")
+    assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "contract", "canonical")
 
 
 @pytest.mark.parametrize("name", ["contract.json", "manifest.json", "statements/000001-acceptance-clinic-a.json"])
