@@ -2,8 +2,8 @@
 
 All that this side knows of Flower's internals (1.41; tests/transport/ is their contract). Guarantees: only installed
 code runs (nothing here can fetch or load an app bundle); only a server with a certificate of the given issuing CA and
-the right host name is spoken to, redirects are not followed; of a failure only a `SiteCode` leaves the site, never a
-text; a message that the coordinator hands out again reaches the app again (whose handlers answer with stored bytes).
+the right host name is spoken to, redirects are not followed; a message that the coordinator hands out again reaches the
+app again (whose handlers answer with stored bytes); nothing of the coordinator's texts is logged.
 
 Stopping: `stop` wakes a thread that deactivates the node, which makes the coordinator answer the held poll at once,
 and that then shuts the sockets down in case it doesn't. So `run` ends within 2 s, or when the running handler ends.
@@ -17,20 +17,17 @@ import random
 import socket
 import ssl
 import threading
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import httpx
-import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
-from flwr.clientapp import ClientApp
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -41,6 +38,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ObjectTree, PullObjectRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -51,107 +49,21 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
-from numpy.typing import NDArray
 
-from privacy.errors import ConsiloError, Refused, SiteCode, Unreachable, UsageError
+from fl_client.app import Handler, StageRefused, Vector, build_app, dispatch
+from privacy.errors import ConsiloError, Refused, Unreachable, UsageError
 from privacy.files import read_private
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("consilo.link")
 
-Vector = NDArray[np.float32] | NDArray[np.uint32]
-Handler = Callable[[bytes, dict[str, Vector]], tuple[bytes, Mapping[str, Vector]]]
+__all__ = ["FleetLink", "Handler", "StageRefused", "Vector", "build_app"]
 
-MAX_BODY_BYTES = 4 * 2**20  # the limits and the form of a note: see fl_server.exchange
-MAX_VECTOR_BYTES = 512 * 2**20
-MAX_VECTORS = 16
-MAX_OBJECTS = 256
-STYPE = "consilo.le"
-DTYPES = {"float32": "<f4", "uint32": "<u4"}
-
+MAX_OBJECTS = 256  # of one message
 BEAT_S = 10.0  # Flower's minimum; a node counts as gone after two
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 5.0
 READ_S, CONNECT_S, LEAVE_S = 30.0, 5.0, 1.0  # a poll is held for 20 s
 BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError)
-
-
-class StageRefused(Exception):
-    """Raised by a handler: the site won't do this stage. `code` is all that the coordinator learns."""
-
-    def __init__(self, code: SiteCode) -> None:
-        super().__init__(code.value)
-        self.code = code
-
-
-def build_app(handlers: Mapping[str, Handler]) -> Any:
-    """A `ClientApp` of handlers by message type (`train.update`, `query.closing`).
-
-    A handler gets a note (body: bytes, arrays: writable vectors (n,) of float32 or uint32) and returns one. What it
-    raises becomes an error reply: `StageRefused` its code, anything else `site.failed`; a note that isn't of the
-    agreed form gets `site.bad_message`.
-    """
-    app = ClientApp()
-    for name, handler in handlers.items():
-        kind, _, stage = name.partition(".")
-        {"train": app.train, "query": app.query}[kind](stage)(_on_message(handler))
-    return app
-
-
-def dispatch(app: Any, message: Any, context: Any) -> Any:
-    """The app's reply; an error reply, without the text, if it raises."""
-    try:
-        return app(message, context)
-    except Exception as e:  # noqa: BLE001 - nothing of it may leave the site
-        where = traceback.extract_tb(e.__traceback__)[-1]
-        log.error("%s failed: %s at %s:%s", message.metadata.message_type, type(e).__name__, where.name, where.lineno)
-        return refusal(message, SiteCode.FAILED)
-
-
-def refusal(message: Any, code: SiteCode) -> Any:
-    return Message(Error(1, code.value), reply_to=message)
-
-
-def reply(message: Any, body: bytes, arrays: Mapping[str, Vector]) -> Any:
-    """A note as the reply to a message. Raises UsageError `link.note` (over a limit, or another dtype or shape)."""
-    size = sum(vector.nbytes for vector in arrays.values())
-    if (len(body) > MAX_BODY_BYTES or len(arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES
-            or any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in arrays.values())):
-        raise UsageError("link.note", f"A reply of {len(body)} + {size} bytes can't be sent.",
-                         "Keep the limits, and send float32 or uint32 vectors.")
-    records = RecordDict({"c": ConfigRecord({"body": body})})
-    if arrays:
-        records["arrays"] = ArrayRecord({
-            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name]).tobytes())
-            for name, vector in arrays.items()})
-    return Message(records, reply_to=message)
-
-
-def to_note(message: Any) -> tuple[bytes, dict[str, Vector]]:
-    """Body and vectors of a message from outside. Raises StageRefused `site.bad_message` if it isn't exactly a note."""
-    content = RecordDict() if message.has_error() else message.content
-    config, record = content.get("c"), content.get("arrays", ArrayRecord())
-    if (not isinstance(config, ConfigRecord) or set(config) != {"body"} or not isinstance(config["body"], bytes)
-            or len(config["body"]) > MAX_BODY_BYTES or set(content) - {"c", "arrays"}
-            or not isinstance(record, ArrayRecord) or len(record) > MAX_VECTORS
-            or sum(len(array.data) for array in record.values()) > MAX_VECTOR_BYTES):
-        raise StageRefused(SiteCode.BAD_MESSAGE)
-    arrays: dict[str, Vector] = {}
-    for name, array in record.items():
-        count, rest = divmod(len(array.data), 4)
-        if array.stype != STYPE or array.dtype not in DTYPES or tuple(array.shape) != (count,) or rest:
-            raise StageRefused(SiteCode.BAD_MESSAGE)
-        arrays[name] = np.frombuffer(array.data, DTYPES[array.dtype]).astype(array.dtype)
-    return config["body"], arrays
-
-
-def _on_message(handler: Handler) -> Callable[[Any, Any], Any]:
-    def run(message: Any, context: Any) -> Any:
-        try:
-            return reply(message, *handler(*to_note(message)))
-        except StageRefused as e:
-            return refusal(message, e.code)
-
-    return run
 
 
 class FleetLink:
@@ -163,8 +75,7 @@ class FleetLink:
     """
 
     def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path) -> None:
-        if not url.startswith("https://"):
-            raise UsageError("link.url", "The coordinator's address isn't an https URL.", "Use https://host:port.")
+        _check(url)
         key, context = _identity(tls_cert, tls_key, server_ca)
         self.trouble = ""  # code of what keeps the link from working, or ""
         self._public = public_key_to_bytes(key.public_key())
@@ -184,6 +95,9 @@ class FleetLink:
         """
         try:
             answer = self._http.ActivateNode(ActivateNodeRequest(public_key=self._public, heartbeat_interval=BEAT_S))
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as e:  # TLS 1.3: after our handshake
+            raise Refused("link.refused", "The coordinator closes the connection when it sees this site's certificate.",
+                          "Renew the certificate; ask the consortium's CA if it was revoked.") from e
         except (httpx.HTTPError, ssl.SSLError) as e:
             raise _explain(e) from e
         self._node = Node(node_id=answer.node_id)
@@ -230,7 +144,7 @@ class FleetLink:
                     answer = dispatch(app, message, context)
                     if not stop.is_set():
                         self._send(answer)
-            except (ConsiloError, httpx.HTTPError, ssl.SSLError, *BAD_OBJECT) as e:
+            except (ConsiloError, httpx.HTTPError, ssl.SSLError, ValueError) as e:  # ValueError: a garbled answer
                 self._node = None  # to connect anew is also how a lost message is asked for again
                 if not stop.is_set():
                     self._note_trouble(_explain(e).code)
@@ -241,7 +155,10 @@ class FleetLink:
         answer = self._http.PullMessages(PullMessagesRequest(node=self._node))
         if not answer.messages_list:
             return None
-        message, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
+        try:
+            message, tree = message_from_proto(answer.messages_list[0]), answer.message_object_trees[0]
+        except BAD_OBJECT as e:
+            raise ValueError("not a message") from e
         if not tree.children:
             return message
         ids = {item.object_id for item in iterate_object_tree(tree)}
@@ -256,7 +173,10 @@ class FleetLink:
             return bytes(part.object_content)
 
         objects = dict(zip(ids, self._pool.map(pull, ids), strict=True))
-        return Message(content=_inflate(tree.object_id, objects).content, metadata=message.metadata)
+        try:
+            return Message(content=_inflate(tree.object_id, objects).content, metadata=message.metadata)
+        except BAD_OBJECT as e:
+            raise ValueError("not a message") from e
 
     def _send(self, answer: Any) -> None:
         run_id = answer.metadata.run_id
@@ -324,9 +244,18 @@ class _Sockets:
                 continue
 
     def _trace(self, event: str, info: dict[str, Any]) -> None:
-        if event == "connection.start_tls.complete":
+        if event.endswith("start_tls.complete"):
             self._open = [each for each in self._open if each.fileno() >= 0]
             self._open.append(info["return_value"].get_extra_info("socket"))
+
+
+def _check(url: str) -> None:
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if parts.scheme != "https" or not parts.host:
+        raise UsageError("link.url", "The coordinator's address isn't an https URL.", "Use https://host:port.")
 
 
 def _identity(tls_cert: Path, tls_key: Path, server_ca: Path) -> tuple[ec.EllipticCurvePrivateKey, ssl.SSLContext]:
@@ -352,14 +281,11 @@ def _explain(e: Exception) -> ConsiloError:
     if isinstance(e, ConsiloError):
         return e
     cause: BaseException | None = e
-    while cause is not None and not isinstance(cause, ssl.SSLError):
+    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
         cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
+    if cause is not None:
         return Refused("link.untrusted", "The server's certificate is not one of this consortium's coordinator.",
                        "Check the address; if a proxy opens TLS, have it make an exception.")
-    if isinstance(cause, ssl.SSLError) and "ALERT" in (cause.reason or ""):
-        return Refused("link.refused", "The coordinator refuses this site's certificate.",
-                       "Renew the certificate; if it was revoked, ask the consortium's CA.")
     status = e.response.status_code if isinstance(e, httpx.HTTPStatusError) else 0
     if status == 412:
         return Refused("link.roster", "This site's key is not on the coordinator's roster.",
@@ -373,7 +299,7 @@ def _explain(e: Exception) -> ConsiloError:
 
 def _inflate(root: str, objects: dict[str, bytes]) -> Any:
     """The message made of these objects. Raises one of `BAD_OBJECT`. What arrays would grow to is bounded first."""
-    chunks = sum(len(json.loads(item.partition(b"\x00")[2])["arraychunk_ids"])
+    chunks = sum(len(json.loads(item.partition(HEAD_BODY_DIVIDER)[2])["arraychunk_ids"])
                  for item in objects.values() if item.startswith(b"Array "))
     if chunks > MAX_OBJECTS:
         raise ValueError("too large")

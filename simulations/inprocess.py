@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from fl_client.link import dispatch
+from fl_client.app import dispatch
 
 Fault = Literal["request", "reply"] | None
 

@@ -11,9 +11,10 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from fl_client.link import StageRefused
-from fl_server.exchange import MALFORMED, MAX_BODY_BYTES, STYPE, UNREACHABLE, Answer, Exchange, Note
+from fl_client.app import StageRefused, build_app
+from fl_server.exchange import MALFORMED, MAX_BODY_BYTES, STYPE, UNREACHABLE, Answer, Exchange, Note, pack, unpack
 from privacy.errors import SiteCode, UsageError
+from simulations.inprocess import InProcessGrid
 
 Sites = Callable[..., Exchange]
 CANARY = "patient-4711"
@@ -179,3 +180,41 @@ def test_our_own_notes_are_checked(sites: Sites) -> None:
 
 def test_online(sites: Sites) -> None:
     assert sites().online() == {"a", "b"}
+
+
+def test_inprocess_faults_taps_and_bytes() -> None:
+    seen: list[tuple[Any, Any]] = []
+    nodes = {"a": 1, "b": 2, "c": 3}
+    faults: dict[tuple[int, int], Any] = {(2, 0): "request", (3, 1): "reply"}
+    grid = InProcessGrid({node: build_app({"train.update": echo}) for node in nodes.values()},
+                         drop=lambda node, message, k: faults.get((node, k)),
+                         tap=lambda message, reply: seen.append((message, reply)))
+    exchange = Exchange(grid, nodes)
+    notes = {name: Note(b"{}", {"w": np.ones(1000, np.float32)}) for name in nodes}
+    start = time.monotonic()
+    for silent in ("b", "c"):
+        answers = exchange.ask("update", notes, deadline_s=60)
+        assert {name for name, answer in answers.items() if answer.code == UNREACHABLE} == {silent}
+    assert time.monotonic() - start < 5  # a fault costs no time
+    assert len(seen) == 5 and all(reply.metadata.src_node_id == m.metadata.dst_node_id for m, reply in seen)
+    assert 6 * 4000 < grid.bytes_down < 6 * 5500 and 5 * 4000 < grid.bytes_up < 5 * 5500
+
+
+def test_inprocess_nodes_share_no_memory() -> None:
+    """What a node got, and what it sent, may change afterwards without the other side noticing."""
+    kept: list[Any] = []
+    app = ClientApp()
+
+    @app.train("update")
+    def keep(message: Any, context: Any) -> Any:
+        reply = Message(message.content, reply_to=message)
+        kept.extend((message, reply))
+        return reply
+
+    grid = InProcessGrid({1: app})
+    sent = grid.create_message(pack(Note(b"{}", {"w": np.ones(4, np.float32)})), "train.update", 1, "")
+    (got,) = grid.send_and_receive([sent])
+    for message in kept:
+        message.content["c"]["body"] = b"changed"
+        message.content["arrays"]["w"].data = b""
+    assert sent.content["c"]["body"] == got.content["c"]["body"] == b"{}" and unpack(got.content) is not None
