@@ -8,7 +8,7 @@ from privacy.canonical import parse
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError
 from privacy.identity import Role
-from privacy.ledger import check_extract
+from privacy.ledger import LedgerSummary, check_extract
 from privacy.verify_trust import Facts, Findings, Spending
 
 MAX_PREFIXES = 64  # reserves of a site whose claim is recomputed; between them claims can only grow
@@ -179,32 +179,36 @@ def epsilons(facts: Facts, found: Findings) -> str:
         return NON_PRIVATE
     found.expect(all(claim for _, claim in stated), "a site's statement names no epsilon")
     found.expect(facts.ledgers.keys() >= {site for site, _ in stated}, "a site that trained has no valid ledger")
-    hidden = 0
     for site, ledger in facts.ledgers.items():
-        mine = [r for r in ledger.reserves if r.run == agreed.run]
-        claimed = [float(r.epsilon) for r in mine]
-        alone = epsilon([r.release for r in mine], ledger.delta)
-        for last in mine[::-1][::-(-len(mine) // MAX_PREFIXES) or 1]:
-            spent = epsilon([r.release for r in ledger.reserves if r.seq <= last.seq], ledger.delta)
-            found.expect(float(last.epsilon) >= spent - ULP,
-                         f"{site}: record {last.seq} claims less epsilon than was spent until then")
-        found.expect(claimed == sorted(claimed), f"{site}: the ledger's cumulative epsilon falls")
-        found.expect(agreed.privacy.epsilon is not None and alone <= agreed.privacy.epsilon + ULP,
-                     f"{site}: this run alone spent more than the contract's epsilon")
-        found.expect(alone <= ledger.cap + ULP, f"{site}: more was spent than the cap")
-        ends = [float(c.head_epsilon) for c in ledger.closes if c.run == agreed.run]
-        ends += [float(c.epsilon) for c in facts.said(Closing) if c.site == site]
-        found.expect(all(max([*claimed, 0.0]) <= end <= ledger.cap for end in ends),
-                     f"{site}: the closing statement understates epsilon, or exceeds the cap")
-        charge = {(r.round, r.attempt): float(r.epsilon) for r in mine}
-        found.expect(all(float(s.epsilon or 0) >= charge[s.round, s.attempt]
-                         for s in facts.said(RoundSite) if s.site == site),
-                     f"{site}: a round's statement understates epsilon")
-        hidden += ledger.commitments > 0
-        facts.spending[site] = Spending(alone, max([*claimed, *ends]))
+        facts.spending[site] = _spending(facts, agreed, site, ledger, found)
+    hidden = sum(ledger.commitments > 0 for ledger in facts.ledgers.values())
     whole = (f"; at {hidden} sites the ledger holds other runs as commitments: recomputed is this run alone, their "
              "part is what the site's ledger claims" if hidden else "")
     return f"recomputed for {len(facts.spending)} sites: no claim is below it, none above the cap{whole}"
+
+
+def _spending(facts: Facts, agreed: Contract, site: str, ledger: LedgerSummary, found: Findings) -> Spending:
+    """One site's claims (each reserve, the closing record, its statements) against what its reserves spent."""
+    mine = [r for r in ledger.reserves if r.run == agreed.run]
+    claimed = {(r.round, r.attempt): float(r.epsilon) for r in mine}
+    stride = max(1, len(mine) // MAX_PREFIXES)
+    for last in mine[::-stride]:
+        spent = epsilon([r.release for r in ledger.reserves if r.seq <= last.seq], ledger.delta)
+        found.expect(float(last.epsilon) >= spent - ULP,
+                     f"{site}: record {last.seq} claims less epsilon than was spent until then")
+    found.expect(list(claimed.values()) == sorted(claimed.values()), f"{site}: the ledger's cumulative epsilon falls")
+    alone = epsilon([r.release for r in mine], ledger.delta)
+    found.expect(agreed.privacy.epsilon is not None and alone <= agreed.privacy.epsilon + ULP,
+                 f"{site}: this run alone spent more than the contract's epsilon")
+    ends = [float(c.head_epsilon) for c in ledger.closes if c.run == agreed.run]
+    ends += [float(c.epsilon) for c in facts.said(Closing) if c.site == site]
+    total = max([*claimed.values(), *ends])
+    found.expect(min(ends) == total, f"{site}: the closing statement understates epsilon")
+    found.expect(max(total, alone - ULP) <= ledger.cap, f"{site}: more was spent than the cap")
+    said = [s for s in facts.said(RoundSite) if s.site == site]
+    found.expect(all(float(s.epsilon or 0) >= claimed[s.round, s.attempt] for s in said),
+                 f"{site}: a round's statement understates epsilon")
+    return Spending(alone, total)
 
 
 def release(facts: Facts, found: Findings) -> str:

@@ -123,17 +123,16 @@ def _peer(trust: TrustStore, cert: x509.Certificate) -> Peer:
 
 
 def manifest(facts: Facts, found: Findings) -> str:
-    statement, _ = _open(facts, "manifest.json", MANIFEST)
-    listed = validate(Manifest, statement.predicate).files
+    statement, signer = _open(facts, "manifest.json", MANIFEST)
+    predicate = validate(Manifest, statement.predicate)
+    facts.events.append(Event("manifest.json", signer.name, predicate))
+    listed = predicate.files
     there = {name for name in facts.raw.files if name != "manifest.json"}
     found.expect(not there - listed.keys(), "there is a file that the manifest doesn't list")
     found.expect(not listed.keys() - there, "a file that the manifest lists is missing")
     changed = sorted(name for name in there & listed.keys() if facts.raw.sha256(name) != listed[name])
     found.extend(f"{name} is not the file that the manifest lists" for name in changed)
-    run = validate(Manifest, statement.predicate)
-    contract = facts.raw.sha256("contract.json") if "contract.json" in there else ""
-    found.expect(run.contract == contract, "the manifest names another contract")
-    found.expect(statement.subject == (("contract.json", contract),), "the manifest's subject is another document")
+    found.expect(_subject_holds(facts, statement, predicate), "the manifest is about another subject than it says")
     return f"signed by the coordinator; {len(listed)} files are listed and unchanged"
 
 

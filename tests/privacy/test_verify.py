@@ -171,7 +171,7 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "acceptance of another lineage": (change("acceptance", {"site": "clinic-a"}, lineage="00" * 16), "ledgers",
                                       "acceptance"),
     "closing of another lineage": (change("closing", {"site": "clinic-a"}, lineage="00" * 16), "ledgers", "lineage"),
-    "closing above the cap": (change("closing", {"site": "clinic-a"}, epsilon="11.0"), "epsilon", "exceeds the cap"),
+    "closing above the cap": (change("closing", {"site": "clinic-a"}, epsilon="11.0"), "epsilon", "than the cap"),
     "statement without epsilon": (change("round-site", {"round": 1}, epsilon=""), "epsilon", "names no epsilon"),
     "attempt invented by sites": (change("round-site", {"round": 3}, round=4), "rounds", "account for"),
     "attempt that was never charged": (change("round-site", {"round": 3}, attempt=7), "ledgers", "never charged"),
@@ -254,7 +254,14 @@ def test_manifest_of_another_contract(subject: str | None, named: str | None, co
     predicate = {"run": RUN, "contract": named or digest, "files": {name: raw.sha256(name) for name in raw.files}}
     envelope = make(parties.signers["hub"], MANIFEST.predicate_type, [("contract.json", subject or digest)], predicate)
     (copy / "manifest.json").write_bytes(envelope)
-    assert_fails(verify_bundle(copy, parties.fingerprint), "manifest", "another")
+    verdict = verify_bundle(copy, parties.fingerprint)
+    assert_fails(verdict, "manifest", "another subject")
+    assert named is None or "manifest.json is bound to another contract" in verdict.steps[5].detail
+
+
+def test_manifest_of_another_run(copy: Path, parties: Consortium) -> None:
+    _writer(copy, parties, sealed=True, run="00" * 16).seal(parties.signers["hub"])
+    assert_fails(verify_bundle(copy, parties.fingerprint), "contract", "manifest.json belongs to another run")
 
 
 def test_statement_under_another_type(copy: Path, parties: Consortium) -> None:
@@ -481,8 +488,9 @@ def test_an_unforeseen_error_is_a_finding(good: Path, parties: Consortium, monke
     assert_fails(verify_bundle(good, parties.fingerprint), "ledgers", "verify.RuntimeError")
 
 
-def _mutate(rng: random.Random, folder: Path, other: Path, names: list[str]) -> None:
-    """Flip, cut, append, swap with another file, or take the same file from another valid bundle; never a no-op."""
+def _mutate(rng: random.Random, folder: Path, other: Path, names: list[str]) -> str:
+    """Flip, cut, append, swap with another file, or take the same file from another valid bundle; never a no-op.
+    Returns the name of the file."""
     name = rng.choice(names)
     data = (folder / name).read_bytes()
     new = data
@@ -500,29 +508,33 @@ def _mutate(rng: random.Random, folder: Path, other: Path, names: list[str]) -> 
             case _:
                 new = (other / name).read_bytes() if (other / name).exists() else data
     (folder / name).write_bytes(new)
+    return name
 
 
 @pytest.mark.parametrize("resealed", [False, True])
-def test_random_mutations_never_pass(resealed: bool, good: Path, parties: Consortium, tmp_path: Path) -> None:
+def test_random_mutations_never_pass(resealed: bool, copy: Path, parties: Consortium, tmp_path: Path) -> None:
     other = write_bundle(tmp_path / "other", parties, contract(parties.signers, purpose="Another purpose"))
-    names = list(read_bundle(good).files)
+    original = read_bundle(copy).files
+    names = list(original)
     if resealed:  # a certificate's PEM may change its line breaks, and the new manifest is good by construction
         names = [n for n in names if n != "manifest.json" and not n.startswith("certificates/")]
-    folder = tmp_path / "copy"
     for seed in range(60 if resealed else 150):
-        shutil.copytree(good, folder)
-        _mutate(random.Random(seed), folder, other, names)
+        name = _mutate(random.Random(seed), copy, other, names)
         if resealed:
-            reseal(folder, parties)
-        assert verify_bundle(folder, parties.fingerprint).verdict == "FAIL", seed
-        shutil.rmtree(folder)
+            reseal(copy, parties)
+        assert verify_bundle(copy, parties.fingerprint).verdict == "FAIL", seed
+        for changed in (name, "manifest.json"):
+            (copy / changed).write_bytes(original[changed])
+    assert verify_bundle(copy, parties.fingerprint).verdict == "PASS"
 
 
 # Writing -------------------------------------------------------------------------------------------------------------
 
-def _writer(folder: Path, parties: Consortium, **changes: Any) -> BundleWriter:
+def _writer(folder: Path, parties: Consortium, *, sealed: bool = False, run: str = RUN, **changes: Any) -> BundleWriter:
     agreed = contract(parties.signers, **changes)
-    return BundleWriter(folder, RUN, agreed.to_bytes(), parties.pem("root.pem"), {}, parties.certificates())
+    if sealed:
+        (folder / "manifest.json").unlink()
+    return BundleWriter(folder, run, agreed.to_bytes(), parties.pem("root.pem"), {}, parties.certificates())
 
 
 def test_writer_goes_on_after_a_kill(parties: Consortium, tmp_path: Path) -> None:
