@@ -1,0 +1,61 @@
+"""`fl-client`: the site operator's tool."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privacy import cli_edge
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="One site of a federation.")
+Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+
+
+@app.callback()
+def group() -> None:
+    """One site of a federation."""
+
+
+@app.command("csr")
+def csr_command(folder: Annotated[Path, typer.Argument(help="New folder for the keys, which never leave it.")],
+                name: Annotated[str, typer.Option("--name", help="Name of the site, such as hospital-a.")],
+                organisation: Annotated[str, typer.Option("--organisation", help="Its organisation.")],
+                as_json: Json = False) -> None:
+    """Make this site's keys and a request for certificates, to be carried to the consortium's CA."""
+    from privacy.identity import create_request
+
+    create_request(folder, name, organisation)
+    cli_edge.emit({"request": str(folder / "request.json")}, as_json, f"Send {folder / 'request.json'} to the CA.")
+
+
+@app.command("run")
+def run_command(
+        overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. site.data=mine.csv")] = None,
+        as_json: Json = False) -> None:
+    """Accept the contract against this site's policy, then serve the coordinator until stopped."""
+    from conf import load_settings
+    from fl_client.agent import Agent
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("consilo").setLevel(logging.INFO)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    agent = Agent(load_settings(overrides or []))
+    agent.run(stop)
+    cli_edge.emit({"stopped": True}, as_json, "stopped")
+
+
+def main() -> int:
+    """Entry point of `fl-client`."""
+    return cli_edge.run(app)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

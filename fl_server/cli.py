@@ -1,0 +1,67 @@
+"""`fl-server`: make a contract, run a federation, look at a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from privacy import cli_edge
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="The coordinator of a federation.")
+contract_app = typer.Typer(no_args_is_help=True, help="What the sites of a run agree to.")
+app.add_typer(contract_app, name="contract")
+Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. privacy=none server.port=9443")]
+
+
+@contract_app.command("create")
+def create_command(out: Annotated[Path, typer.Option("--out", help="Where to write contract.json.")],
+                   overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write the canonical contract of a configuration: digests, calibrated noise, the sites' certificates."""
+    from conf import load_settings
+    from fl_server.contracting import make_contract
+    from privacy.ca import verify_roster
+    from privacy.files import FileLayer, read_file
+    from privacy.identity import Role, TrustStore
+
+    settings = load_settings(overrides or [])
+    trust = TrustStore.load(Path(settings.server.certificates) / "trust")
+    entries = verify_roster(read_file(Path(settings.server.roster)), trust)
+    contract = make_contract(settings, {e.name: e.sign_fingerprint for e in entries if e.role is Role.SITE})
+    FileLayer().write_atomic(out, contract.to_bytes())
+    cli_edge.emit({"contract": contract.digest, "run": contract.run}, as_json, f"{out}: contract {contract.digest}")
+
+
+@app.command("run")
+def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
+    """Listen for the contract's sites, run its rounds, write adapter, metrics, evidence and report."""
+    from conf import load_settings
+    from fl_server.serve import serve
+
+    metrics = serve(load_settings(overrides or []), plain=as_json)
+    cli_edge.emit(metrics, as_json, "")
+
+
+@app.command("status")
+def status_command(folder: Annotated[Path, typer.Argument(help="Output folder of a run.")], as_json: Json = False) -> None:
+    """Rounds done and void, and why, from the coordinator's journal."""
+    from fl_server.journal import status
+
+    found: dict[str, Any] = status(folder / "journal.jsonl")
+    void = "".join(f"\n  round {v['round']}, attempt {v['attempt']} void: {v['reason']} {' '.join(v['sites'])}"
+                   for v in found["void"])
+    cli_edge.emit(found, as_json, f"run {found['run']}: {found['state']}, {found['rounds_done']} of "
+                                  f"{found['rounds_planned']} rounds done{void}")
+
+
+def main() -> int:
+    """Entry point of `fl-server`."""
+    return cli_edge.run(app)
+
+
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,69 @@
+"""`fl-server run`: the embedded Fleet listener, one run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import resource
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from conf.settings import Settings
+from fl_server.assemble import make_run, site_certificates
+from fl_server.exchange import Exchange
+from fl_server.fleet import FleetServer
+from fl_server.progress import Reporter
+from fl_server.run import Result
+from privacy.ca import verify_roster
+from privacy.canonical import canonical
+from privacy.contract import Contract, load_contract
+from privacy.errors import Unreachable
+from privacy.files import FileLayer, read_file
+from privacy.identity import FileSigner, TrustStore
+from privacy.report import write_report
+
+
+def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
+    """Run the contract of `settings.server.contract`. Returns the metrics, which are also written to metrics.json.
+
+    plain: progress goes to stderr as plain lines. Raises Unreachable `run.sites_missing`, RoundVoid, Refused, UsageError.
+    """
+    warnings.simplefilter("ignore")  # of torch and transformers; ours are errors in tests
+    server, start = settings.server, time.monotonic()
+    certificates, keys, trust = Path(server.certificates), Path(server.keys), Path(server.certificates) / "trust"
+    contract = load_contract(read_file(Path(server.contract)))
+    roster = {e.name: e for e in verify_roster(read_file(Path(server.roster)), TrustStore.load(trust))}
+    signers = site_certificates(contract, roster)
+    nodes = {name: roster[name].tls.public_bytes(Encoding.PEM) for name in signers}
+    crl = trust / "crl-site.pem"
+    with Reporter(plain=plain) as report, FleetServer(
+            host=server.host, port=server.port, certificate=certificates / "tls.pem", key=keys / "tls.key",
+            trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None) as fleet:
+        exchange = Exchange(fleet.grid, fleet.nodes)
+        run = make_run(settings, contract, exchange, signer=FileSigner(keys / "sign.key", certificates / "sign.pem"),
+                       trust=trust, certificates=signers, progress=report)
+        report.say(f"listening on {server.host}:{fleet.port} for {len(signers)} sites")
+        there = exchange.wait_online(list(signers), server.wait_s)
+        if missing := sorted(set(signers) - there):
+            raise Unreachable("run.sites_missing", f"Not online: {', '.join(missing)}.",
+                              "Start their agents; nothing was trained or spent.")
+        ready = time.monotonic()
+        result = run.run()
+    metrics = _metrics(contract, result, ready - start, time.monotonic() - start)
+    folder = Path(server.out)
+    FileLayer().write_atomic(folder / "metrics.json", canonical(metrics) + b"\n")
+    write_report(folder / "evidence", folder, ca=TrustStore.load(trust).fingerprint)
+    return metrics
+
+
+def _metrics(contract: Contract, result: Result, ready_s: float, total_s: float) -> dict[str, Any]:
+    cpu = resource.getrusage(resource.RUSAGE_SELF)
+    return {"run": contract.run, "contract": contract.digest, "accuracy_before": result.before.accuracy,
+            "accuracy_after": result.after.accuracy, "units": result.after.units, "rounds": result.rounds,
+            "void": result.void, "epsilon": {name: float(e) for name, e in result.epsilon.items()},
+            "epsilon_budget": contract.privacy.epsilon,
+            "seconds": {"until_all_online": round(ready_s, 2), "total": round(total_s, 2),
+                        **{k: round(v, 2) for k, v in result.seconds.items()}},
+            "coordinator_cpu_s": round(cpu.ru_utime + cpu.ru_stime, 2), "coordinator_rss_mib": cpu.ru_maxrss // 1024}

