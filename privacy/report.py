@@ -22,7 +22,7 @@ from privacy.bundle import Release as Released
 from privacy.canonical import canonical
 from privacy.contract import Contract
 from privacy.files import FileLayer
-from privacy.report_plots import Charge, spending_plot, trade_off, trade_off_plot
+from privacy.report_plots import MAX_EPSILON, Charge, spending_plot, trade_off, trade_off_plot
 from privacy.verify import Verdict, examine
 from privacy.verify_trust import Facts
 
@@ -173,8 +173,8 @@ def _odds(epsilons: Sequence[float], deltas: Sequence[float], eps: float, delta:
 
     Odds as in Nanayakkara et al., "What Are the Chances?", USENIX Security 2023. The error is at least
     (1 - delta) / (1 + e^epsilon) for every pair that holds, so the largest counts; shares are rounded against us."""
-    error = max((1 - d) / (1 + math.exp(e)) for e, d in zip(epsilons, deltas, strict=True))
-    pair = (1 - delta) / (1 + math.exp(eps))
+    error = max((1 - d) / (1 + math.exp(min(e, MAX_EPSILON))) for e, d in zip(epsilons, deltas, strict=True))
+    pair = (1 - delta) / (1 + math.exp(min(eps, MAX_EPSILON)))
     return {"out": _floor(100 * error), "in": _ceil(100 * (1 - error)), "pair_in": _ceil(100 * (1 - pair)),
             "epsilon": decimal_up(eps), "delta": _delta(delta)}
 

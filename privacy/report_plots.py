@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 LABELLED_SITES = 8  # more sites are drawn in grey, without a label
+MAX_EPSILON = 700.0  # exp() of it is finite; beyond it nothing is hidden anyway
 _COLOURS = ("#1f4e79", "#b45f06", "#38761d", "#7b2d8b", "#a61c00", "#0b7285", "#6b5900", "#5f3dc4")
 _INK, _GREY = "#222222", "#9a9a9a"
 _STYLE = {"svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0,
@@ -66,7 +67,7 @@ def trade_off(epsilons: Sequence[float], deltas: Sequence[float]) -> tuple[np.nd
     "Gaussian differential privacy", proposition 2.5; every point of the profile only raises f."""
     alarm = np.linspace(0.0, 1.0, 201)
     miss = np.zeros_like(alarm)
-    for eps, delta in zip(epsilons, deltas, strict=True):
+    for eps, delta in zip(np.minimum(epsilons, MAX_EPSILON), deltas, strict=True):
         np.maximum(miss, 1.0 - delta - np.exp(eps) * alarm, out=miss)
         np.maximum(miss, np.exp(-eps) * (1.0 - delta - alarm), out=miss)
     return alarm, miss

@@ -196,6 +196,13 @@ def test_trade_off_curve_lies_below_the_exact_one() -> None:
     assert miss[0] > 0.99 and miss[-1] == 0
 
 
+def test_an_epsilon_that_hides_nothing_says_so() -> None:
+    grid, deltas = [0.0, 500.0, 1000.0], [1.0, 1.0, 1e-6]
+    odds = privacy.report._odds(grid, deltas, 1000.0, 1e-5)
+    assert (odds["out"], odds["in"]) == ("0", "100")
+    assert np.all(np.isfinite(trade_off(grid, deltas)[1]))
+
+
 def test_many_sites_and_no_charges_are_drawn() -> None:
     lines = {f"site-{i}": [Charge(0.1 * i + 0.1, True)] * (i % 3) for i in range(40)}
     picture = spending_plot(lines, {"budget of the run": 8.0})
