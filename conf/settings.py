@@ -38,7 +38,7 @@ class DataSettings(Terms):
     floor: int = Field(50, ge=1)
     text: str = "text"
     label: str = "label"
-    sites: dict[Name, SiteDeclaration] = {}
+    sites: dict[Name, SiteDeclaration] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
 
 

@@ -12,6 +12,9 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fl_client.journal import SiteJournal
 from fl_client.link import Handler, StageRefused, Vector
 from fl_client.policy import SitePolicy
@@ -34,6 +37,7 @@ from strategies.adapter import adapter_digest, initial
 log = logging.getLogger("consilo.round")
 Reply = tuple[bytes, Mapping[str, Vector]]
 B = TypeVar("B", bound=Terms)
+Update = NDArray[np.float32]
 CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
          "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
 
@@ -120,7 +124,7 @@ class SiteRound:
             "cap": decimal(self._ledger.cap)})
         return stages.dump(stages.Closed(statement=statement, ledger=extract.decode())), {}
 
-    def _charged(self, offer: tr.Offer, train: Callable[[], Vector]) -> Vector:
+    def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> Update:
         """Reserve durably, then sample and draw noise, then commit. A failure in between stays spent."""
         if self._ledger is None:
             return train()

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from strategies.records import load_records
 from privacy.contract import Contract
 from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.errors import Refused
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.model import build
+from strategies.records import load_records
 from strategies.rules import rule
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class LocalTrainer:
     def probe(self) -> None:
         """One backward pass, of the first valid record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
         if self._probe is not None:
-            self._grads.check(self._probe)
+            self._grads.check(int(self._probe))
 
     def train(self, adapter: Tensors) -> NDArray[np.float32]:
         """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""

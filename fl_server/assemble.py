@@ -43,7 +43,7 @@ def make_run(settings: Settings, contract: Contract, exchange: Exchange, *, sign
     FileLayer().write_atomic(folder / "contract.json", contract.to_bytes())
     pems = {name: c.public_bytes(Encoding.PEM) for name, c in certificates.items()}
     pems[server.name] = signer.certificate.public_bytes(Encoding.PEM)
-    issuing = {role: read_file(trust / f"issuing-{role}.pem") for role in (Role.SITE, Role.COORDINATOR)}
+    issuing = {str(role): read_file(trust / f"issuing-{role}.pem") for role in (Role.SITE, Role.COORDINATOR)}
     bundle = BundleWriter(folder / "evidence", contract.run, contract.to_bytes(), read_file(trust / "root.pem"),
                           issuing, pems)
     model = build(Path(settings.model.path), contract)

@@ -8,9 +8,9 @@ from pathlib import Path
 from conf.settings import Evaluation
 from privacy.contract import Contract
 from privacy.errors import UsageError
-from strategies.records import load_records
 from strategies.adapter import Tensors
 from strategies.model import TextClassifier
+from strategies.records import load_records
 
 
 @dataclass(frozen=True)

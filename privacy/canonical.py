@@ -23,7 +23,7 @@ _OPEN = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.S)
 def canonical(value: Any) -> bytes:
     """RFC 8785 bytes of a JSON value. Raises UsageError `json.not_canonical` for NaN, big ints, foreign types."""
     try:
-        return rfc8785.dumps(value)
+        return bytes(rfc8785.dumps(value))
     except (rfc8785.CanonicalizationError, ValueError, TypeError, RecursionError) as e:
         raise UsageError("json.not_canonical", f"A value has no canonical JSON form ({type(e).__name__}).",
                          "Use finite numbers, strings, lists and dicts with string keys.") from e

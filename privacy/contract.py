@@ -14,8 +14,8 @@ from privacy.canonical import canonical, digest, parse
 from privacy.errors import UsageError, nearest
 from privacy.mechanism import DpMechanism
 
-SCHEMA = "consilo.contract/1"
-SUITE = "consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
+Suite = Literal["consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"]
+SUITE: Suite = "consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 T = TypeVar("T", bound=BaseModel)
@@ -74,7 +74,7 @@ class PrivacyTerms(Terms):
 
 class SecAggTerms(Terms):
     enabled: bool = True
-    suite: Literal["consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"] = SUITE
+    suite: Suite = SUITE
     threshold: int = Field(ge=2, description="t of SECURE AGGREGATION: shares needed to unmask")
     bits: int = Field(24, ge=2, le=31, description="b: values are rounded to (2^(b-1) - 1) / range")
     ring: Literal[32] = 32
@@ -91,7 +91,7 @@ class SiteTerms(Terms):
 
 
 class Contract(Terms):
-    schema_version: Literal["consilo.contract/1"] = SCHEMA
+    schema_version: Literal["consilo.contract/1"] = "consilo.contract/1"
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     purpose: str = Field(min_length=1, max_length=500)
     code_version: str

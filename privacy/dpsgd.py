@@ -82,7 +82,7 @@ class PerSampleGradients:
 
         self._clear()
         with torch.enable_grad():
-            self._losses(indices).sum().backward()
+            torch.autograd.backward(self._losses(indices).sum())
         rows = []
         for name, p in self.parameters.items():
             grad: Any = getattr(p, "grad_sample", None)
@@ -110,7 +110,7 @@ def noisy_mean(grads: PerSampleGradients, units: int, mechanism: DpMechanism, ph
     for part in grads.clipped(poisson_sample(units, mechanism.q), mechanism.clip, physical_batch):
         total += part.sum(axis=0)
     total += lattice_noise(grads.dim, sigma=mechanism.sigma, clip=mechanism.clip)
-    return total * (pitch(mechanism.clip) / mechanism.denominator)
+    return np.asarray(total * (pitch(mechanism.clip) / mechanism.denominator), np.float64)
 
 
 def _uncovered(name: str, why: str) -> UsageError:

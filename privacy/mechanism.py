@@ -79,5 +79,5 @@ def declared(n: int) -> int:
     """A count rounded to one significant digit: what a contract may say of a site's size."""
     if n < 1:
         raise UsageError("data.empty", "A site with no units can't take part.", "Check the data file and its columns.")
-    scale = 10 ** (len(str(n)) - 1)
+    scale: int = 10 ** (len(str(n)) - 1)
     return max(1, int(n / scale + 0.5)) * scale

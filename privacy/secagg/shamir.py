@@ -36,7 +36,8 @@ def _matrix(point: int) -> NDArray[np.uint8]:
 
 def _scale(point: int, data: Bytes) -> Bytes:
     bits = np.unpackbits(data[None, :], axis=0, bitorder="little")
-    return np.packbits((_matrix(point) @ bits) & 1, axis=0, bitorder="little")[0]
+    packed: Bytes = np.packbits((_matrix(point) @ bits) & 1, axis=0, bitorder="little")[0]
+    return packed
 
 
 def split(secret: bytes, *, threshold: int, points: Sequence[int]) -> dict[int, bytes]:

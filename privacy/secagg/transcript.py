@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
-from privacy.contract import SUITE, Contract, Sha256, Terms
+from privacy.contract import SUITE, Contract, Sha256, Suite, Terms
 from privacy.errors import Refused
 
 MAX_COHORT = 100
@@ -26,7 +26,7 @@ class Member(Terms):
 class Offer(Terms):
     """M0: everything that a session is about. Lists are sorted by cohort index."""
 
-    suite: Literal["consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"] = SUITE
+    suite: Suite = SUITE
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     round: int = Field(ge=1)
     attempt: int = Field(ge=0)

@@ -21,6 +21,7 @@ import privacy.ledger
 from privacy.bundle import MANIFEST, BundleWriter, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, Refused, UsageError
 from privacy.identity import Role
+from privacy.ledger import Ledger
 from privacy.statements import make
 from privacy.verify import Verdict, verify_bundle
 
@@ -289,6 +290,20 @@ def test_ledger_with_a_flattering_accountant(parties: Consortium, tmp_path: Path
     monkeypatch.setattr(privacy.ledger, "epsilon", lambda releases, delta: real(releases, delta) / 2.5)
     bundle = write_bundle(tmp_path / "b", parties)
     assert_fails(verify_bundle(bundle, parties.fingerprint), "epsilon", "claims less epsilon than was spent")
+
+
+def test_lineage_of_another_adjacency(parties: Consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Ledger.create
+    monkeypatch.setattr(privacy.ledger, "ADJACENCIES", ("replace_one",))
+    monkeypatch.setattr(Ledger, "_check_mechanism", lambda *_: None)
+    monkeypatch.setattr(Ledger, "create", lambda path, signer, **budget: create(
+        path, signer, **{**budget, "adjacency": "replace_one"}))
+    assert_fails(verify_bundle(write_bundle(tmp_path / "b", parties), parties.fingerprint), "ledgers", "adjacency")
+
+
+def test_run_left_open(parties: Consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ledger, "close_run", lambda *_: None)
+    assert_fails(verify_bundle(write_bundle(tmp_path / "b", parties), parties.fingerprint), "ledgers", "isn't closed")
 
 
 def test_more_spent_than_the_contract_allows(parties: Consortium, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+# Two commands do all the set-up: `make demo` and `make test`. Needs Python 3.11+, pip, make and git.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-long check data clean
+
+demo: $(STAMP)
+	@$(BIN)/fl-simulate demo
+
+test: $(STAMP) data
+	@$(BIN)/pytest
+
+test-long: $(STAMP) data
+	@$(BIN)/pytest -m long
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+data: $(STAMP)
+	@$(BIN)/fl-simulate fetch minilm
+	@$(BIN)/fl-simulate fetch hpo
+
+# torch comes first and pinned, so that no other package chooses its build.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) outputs .cache build *.egg-info
