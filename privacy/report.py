@@ -108,10 +108,14 @@ def _incidents(facts: Facts, agreed: Contract) -> list[dict[str, Any]]:
         elif missing := sorted(names - set(r.sites)):
             found.append({"kind": "missing", "round": r.round, "attempt": r.attempt, "reason": "", "sites": missing})
     signed = {(s.site, s.round, s.attempt) for s in facts.said(RoundSite)}
-    found += [{"kind": "unsigned", "round": r.round, "attempt": r.attempt, "reason": "", "sites": [site]}
-              for site, ledger in facts.ledgers.items() for r in ledger.reserves
-              if r.run == agreed.run and (site, r.round, r.attempt) not in signed]
-    return found
+    unsigned: dict[tuple[int, int], list[str]] = {}
+    for site, ledger in facts.ledgers.items():
+        for charge in ledger.reserves:
+            if charge.run == agreed.run and (site, charge.round, charge.attempt) not in signed:
+                unsigned.setdefault((charge.round, charge.attempt), []).append(site)
+    found += [{"kind": "unsigned", "round": round_, "attempt": attempt, "reason": "", "sites": sites}
+              for (round_, attempt), sites in unsigned.items()]
+    return sorted(found, key=lambda i: (i["round"], i["attempt"]))
 
 
 def _with_privacy(report: dict[str, Any], facts: Facts, agreed: Contract) -> tuple[dict[str, Any], dict[str, str]]:

@@ -58,8 +58,8 @@ class Consortium:
 
 def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
     """Three sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`,
-    `purpose` and `code_version` change the contract around it."""
-    secagg = changes.pop("secagg", True)
+    `threshold`, `purpose` and `code_version` change the contract around it."""
+    secagg, threshold = changes.pop("secagg", True), changes.pop("threshold", 3)
     purpose, code = changes.pop("purpose", "A test of evidence"), changes.pop("code_version", "0.1.0")
     privacy = {"q": 0.5, "clip": 5.0, "epsilon": 8.0, "rounds": 3, "retries": 1, "local_steps": 2, **changes}
     sigma = 0.0 if privacy.get("trust") == "none" else 3.0
@@ -67,7 +67,7 @@ def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
         "run": RUN, "purpose": purpose, "code_version": code,
         "model": {"weights": sha("weights"), "tokenizer": sha("tokenizer")},
         "data": {"name": "letters", "labels": ["no", "yes"]}, "lora": {}, "rule": {}, "privacy": privacy,
-        "secagg": {"enabled": secagg, "threshold": 3, "range": 1.0},
+        "secagg": {"enabled": secagg, "threshold": threshold, "range": 1.0},
         "sites": [{"name": n, "signer": signers[n].fingerprint, "n_decl": 1000, "delta": 1e-5, "sigma": sigma}
                   for n in SITES]})
 

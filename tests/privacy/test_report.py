@@ -11,6 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,6 +140,28 @@ def test_other_jobs_of_the_lineage_are_counted_as_claimed(parties: Consortium, t
         assert float(site["spent"]) > float(site["run_alone"])
         assert site["other_runs"] and site["rounds_left"] is None
     assert "what the site's ledger claims" in words(page)
+
+
+def test_incidents_of_a_run_that_went_badly(parties: Consortium, tmp_path: Path) -> None:
+    """A dropout in round 3, and a void attempt whose sites had charged but not signed yet."""
+    agreed = contract(parties.signers, threshold=2)
+
+    def edit(kind: str, predicate: dict[str, Any]) -> dict[str, Any] | None:
+        if kind == "round-site" and ((predicate["round"], predicate["attempt"]) == (2, 0)
+                                     or (predicate["round"], predicate["site"]) == (3, "clinic-c")):
+            return None
+        if kind == "round" and predicate["round"] == 3:
+            return {**predicate, "sites": ["clinic-a", "clinic-b"]}
+        return predicate
+
+    page, facts = read(write_report(write_bundle(tmp_path / "b", parties, agreed, edit=edit), tmp_path,
+                                    ca=parties.fingerprint))
+    assert facts["verification"]["verdict"] == "PASS"
+    assert [(i["kind"], i["round"], i["attempt"], i["sites"]) for i in facts["incidents"]] == [
+        ("void", 2, 0, []), ("unsigned", 2, 0, list(SITES)), ("missing", 3, 0, ["clinic-c"]),
+        ("unsigned", 3, 0, ["clinic-c"])]
+    assert all(site["charges"] == 4 for site in facts["sites"])
+    assert "missing from the sum" in words(page) and "charged, without a statement" in words(page)
 
 
 def test_text_from_the_bundle_never_becomes_markup(parties: Consortium, tmp_path: Path) -> None:
