@@ -216,7 +216,7 @@ def release(facts: Facts, found: Findings) -> str:
     done = [r for r in facts.said(Round) if r.outcome == "done"]
     released = facts.said(Release)
     if not done:
-        found.expect(not released, "an adapter was released although no round was done")
+        found.expect(not released, "an adapter was released, but no round was done")
         return "no round was done, so nothing was released"
     if found.expect(len(released) == 1, "there is not exactly one release"):
         found.expect(released[0].adapter == done[-1].adapter_out, "the released adapter is not the last round's")

@@ -142,7 +142,10 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "round left out": (change("round", {"round": 2, "outcome": "done"}, drop=True), "rounds", "round 2, attempt 1"),
     "void attempt left out": (change("round", {"outcome": "void"}, drop=True), "rounds", "round 2, attempt 0"),
     "void attempt with a result": (change("round", {"outcome": "void"}, sites=list(SITES)), "rounds", "void"),
-    "round from another adapter": (change("round", {"round": 3}, adapter_in=sha("x")), "rounds", "another adapter"),
+    "all start from another adapter": (
+        lambda kind, p: {**p, "adapter_in": sha("x")} if kind.startswith("round") and p["round"] == 3 else p,
+        "rounds", "than the one before left"),
+    "release without a round": (change("round", drop=True), "release", "no round was done"),
     "site trained from another adapter": (change("round-site", {"round": 3, "site": "clinic-c"}, adapter_in=sha("x")),
                                           "rounds", "clinic-c"),
     "different transcripts shown to sites": (change("round-site", {"round": 1, "site": "clinic-c"},
