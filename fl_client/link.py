@@ -222,7 +222,7 @@ class FleetLink:
 
     def _note_trouble(self, code: str) -> None:
         if code != self.trouble:
-            log.warning("link: %s", code or "connected")
+            log.log(logging.WARNING if code else logging.INFO, "link: %s", code or "connected")
         self.trouble = code
 
 

@@ -83,13 +83,16 @@ def test_a_refusal_arrives_as_its_code(sites: Sites, code: SiteCode) -> None:
     assert ask(sites(a=refuse), a=Note(b"{}"))["a"] == Answer(None, code.value)
 
 
-def test_exception_text_never_crosses(sites: Sites, capfd: pytest.CaptureFixture[str]) -> None:
+def test_exception_text_never_crosses(sites: Sites, capfd: pytest.CaptureFixture[str],
+                                      caplog: pytest.LogCaptureFixture) -> None:
+    """Nor is it logged at the site: it may quote a record."""
+
     def fail(body: bytes, arrays: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         raise ValueError(CANARY)
 
     answers = ask(sites(a=fail), a=Note(b"{}"))
     assert answers["a"] == Answer(None, "site.failed") and CANARY not in repr(answers)
-    assert CANARY not in "".join(capfd.readouterr())
+    assert CANARY not in "".join(capfd.readouterr()) + caplog.text and "ValueError" in caplog.text
 
 
 def test_an_error_text_of_a_hostile_site_is_dropped(sites: Sites, capfd: pytest.CaptureFixture[str]) -> None:

@@ -474,19 +474,14 @@ def test_poll_of_a_dead_agent_takes_no_message(fleet: FleetServer, pki: Pki, exc
 
 
 def test_coordinator_restart(pki: Pki) -> None:
-    with server(pki) as first:
-        link = link_to(first, pki, "a")
-        stop = threading.Event()
-        thread = threading.Thread(target=link.run, args=(ECHO, None, stop))
-        thread.start()
+    first = server(pki).start()
+    with serving(link_to(first, pki, "a"), ECHO):
         Exchange(first.grid, first.nodes).wait_online(["a"], 5)
-    with server(pki, port=first.port) as second:
-        exchange = Exchange(second.grid, second.nodes)
-        assert exchange.wait_online(["a"], 8) == {"a"}
-        assert exchange.ask("update", {"a": Note(b"2")}, deadline_s=5)["a"] == Answer(Note(b"2"), None)
-        stop.set()
-        thread.join(3)
-    assert not thread.is_alive()
+        first.stop()
+        with server(pki, port=first.port) as second:
+            exchange = Exchange(second.grid, second.nodes)
+            assert exchange.wait_online(["a"], 8) == {"a"}
+            assert exchange.ask("update", {"a": Note(b"2")}, deadline_s=5)["a"] == Answer(Note(b"2"), None)
 
 
 @pytest.mark.parametrize("broken", ["_Sockets.cut", "FleetGuard._drop_poll"])
