@@ -14,6 +14,8 @@ from conf.settings import Settings
 from privacy.contract import validate
 from privacy.errors import UsageError, nearest
 
+OPEN_KEYS = ("data.sites=", "data.sites.")
+
 
 def load_settings(overrides: Sequence[str] = ()) -> Settings:
     """Compose conf/config.yaml with hydra overrides (`privacy.rounds=5`, `privacy=none`).
@@ -27,11 +29,16 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
 
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            value = OmegaConf.to_container(compose("config", list(overrides)), resolve=False)
+            value = OmegaConf.to_container(compose("config", [_open(o) for o in overrides]), resolve=False)
     except HydraException as e:
         raise _override(e, overrides) from e
     _refuse_code(value)
     return validate(Settings, value)
+
+
+def _open(override: str) -> str:
+    """Hydra wants ++ in front of keys that are new; the names of sites always are."""
+    return f"++{override}" if override.startswith(OPEN_KEYS) else override
 
 
 def _refuse_code(value: Any) -> None:
@@ -59,8 +66,8 @@ def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
         if key and group.is_dir() and not (group / f"{chosen}.yaml").is_file():
             return UsageError("config.override", f"There is no {key}={chosen}.",
                               nearest(chosen, [f.stem for f in group.glob("*.yaml")]))
-        if key and key.split(".")[-1] in str(error):
-            known = _known_keys()
+        known = _known_keys()
+        if "." in key and key not in known and key.split(".")[-1] in str(error):
             return UsageError("config.override", f"The override {key!r} is not understood.", nearest(key, known))
     return UsageError("config.override", "The overrides are not understood.", "Write them as group=name or key=value.")
 

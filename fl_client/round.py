@@ -20,7 +20,6 @@ from fl_client.link import Handler, StageRefused, Vector
 from fl_client.policy import SitePolicy
 from fl_client.training import Trainer
 from privacy import stages
-from privacy.accountant import decimal_up
 from privacy.canonical import decimal, parse
 from privacy.contract import Contract, Terms, validate
 from privacy.errors import Aborted, ConsiloError, SiteCode, UsageError
@@ -103,7 +102,7 @@ class SiteRound:
         m9, offer, m = session.m9(body), self._offer, self._mechanism
         head, epsilon = (0, ""), ""
         if self._ledger:
-            head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal_up(self._ledger.epsilon())
+            head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
         statement = self._state("round-site", ("transcript", session.transcript.hex() or session.masked), {
             "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter,
             "transcript": session.transcript.hex(), "masked": session.masked, "q": decimal(m.q),
@@ -120,7 +119,7 @@ class SiteRound:
         extract, head = self._ledger.extract(self.contract.run), self._ledger.head
         statement = self._state("closing", ("ledger", hashlib.sha256(extract).hexdigest()), {
             "lineage": self._ledger.lineage, "records": head.seq + 1, "ledger_seq": head.seq, "ledger_head": head.hash,
-            "epsilon": decimal_up(self._ledger.epsilon()), "delta": decimal(self._ledger.delta),
+            "epsilon": decimal(self._ledger.epsilon()), "delta": decimal(self._ledger.delta),
             "cap": decimal(self._ledger.cap)})
         return stages.dump(stages.Closed(statement=statement, ledger=extract.decode())), {}
 

@@ -50,20 +50,20 @@ def demo(out: Path, overrides: Sequence[str], say: Say) -> None:
     settings = load_settings(overrides)
     embedded(settings)
     say(f"[{time.monotonic() - start:5.1f} s] model and data are in the cache")
-    _empty(out)
-    port = _free_port()
+    empty(out)
+    port = free_port()
     settings = declare_sites(load_settings([*overrides, f"server.port={port}", f"server.out={out}"]))
-    _consortium(out, settings)
+    consortium(out, settings)
     say(f"[{time.monotonic() - start:5.1f} s] certificates issued, contract made for {len(settings.data.sites)} sites")
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
-        for name, command in _commands(out, overrides, settings, port).items():
+        for name, command in commands(out, overrides, settings, port).items():
             log = (out / "sites" / name / "agent.log").open("wb") if name != settings.server.name else None
             processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         _wait(processes, settings.server.name, out)
     finally:
-        _stop(processes)
+        stop(processes)
     _say_result(out, settings, say, time.monotonic() - start)
 
 
@@ -76,7 +76,7 @@ def embedded(settings: Settings) -> None:
         prepare(folder / "hp.obo", folder)
 
 
-def _empty(out: Path) -> None:
+def empty(out: Path) -> None:
     if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
         raise Refused("demo.folder", "The output folder holds something that no demo wrote.", "Give another --out.")
     shutil.rmtree(out, ignore_errors=True)
@@ -84,7 +84,7 @@ def _empty(out: Path) -> None:
     (out / MARK).touch()
 
 
-def _consortium(out: Path, settings: Settings) -> None:
+def consortium(out: Path, settings: Settings) -> None:
     """CA, identities, roster, contract, policies: what comes before the first process."""
     (out / "ca.sha256").write_text(ca.init(out / "ca", "Demo consortium", days=30) + "\n")
     coordinator = settings.server.name
@@ -105,21 +105,21 @@ def _consortium(out: Path, settings: Settings) -> None:
     FileLayer().write_atomic(out / "contract.json", contract.to_bytes())
 
 
-def _commands(out: Path, overrides: Sequence[str], settings: Settings, port: int) -> dict[str, list[str]]:
+def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int) -> dict[str, list[str]]:
     """One command line per process; `-P` keeps the current folder off the import path."""
     python, coordinator = [sys.executable, "-P", "-m"], out / settings.server.name
-    commands = {settings.server.name: [
+    lines = {settings.server.name: [
         *python, "fl_server.cli", "run", *overrides, f"server.port={port}", f"server.out={out}",
         f"server.keys={coordinator}/keys", f"server.certificates={coordinator}/certificates",
         f"server.roster={out}/roster.json", f"server.contract={out}/contract.json"]}
     for name, site in settings.data.sites.items():
         own = out / "sites" / name
-        commands[name] = [
+        lines[name] = [
             *python, "fl_client.cli", "run", *overrides, f"site.name={name}", f"site.url=https://localhost:{port}",
             f"site.data={site.file}", f"site.keys={own}/keys", f"site.certificates={own}/certificates",
             f"site.contract={out}/contract.json", f"site.policy={own}/policy.yaml", f"site.state={own}/state",
             "site.threads=1"]
-    return commands
+    return lines
 
 
 def _wait(processes: dict[str, subprocess.Popen[bytes]], coordinator: str, out: Path) -> None:
@@ -138,7 +138,7 @@ def _wait(processes: dict[str, subprocess.Popen[bytes]], coordinator: str, out: 
         raise error
 
 
-def _stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:
+def stop(processes: dict[str, subprocess.Popen[bytes]]) -> None:
     for process in processes.values():
         if process.poll() is None:
             process.terminate()
@@ -162,7 +162,7 @@ def _say_result(out: Path, settings: Settings, say: Say, seconds: float) -> None
     say(f"verify: {Path(sys.executable).parent}/fl-privacy verify {out}/evidence --ca {root}")
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
