@@ -22,6 +22,8 @@ from strategies.rules import rule
 if TYPE_CHECKING:
     import torch
 
+PROBE = "A synthetic record, no one's."  # after the site's own, so that it is never sampled
+
 
 class Trainer(Protocol):
     """What the round needs of training."""
@@ -46,8 +48,8 @@ class LocalTrainer:
         self._classifier = classifier
         combine = rule(contract.rule.name, secure=contract.secagg.enabled)
         self.spec = classifier.spec(combine.trains)
-        batch = classifier.encode(records.texts)
-        labels, valid = _as_tensors(records.labels, records.valid)
+        batch = classifier.encode([*records.texts, PROBE])
+        labels, valid = _as_tensors(np.append(records.labels, 0), np.append(records.valid, True))
 
         def losses(rows: NDArray[np.int64]) -> torch.Tensor:
             import torch
@@ -57,13 +59,11 @@ class LocalTrainer:
             return each * valid[rows]  # an invalid record has a zero gradient
 
         trained = {n: p for n, p in classifier.parameters.items() if n in self.spec.trained}
-        self._probe = next(iter(np.flatnonzero(records.valid)), None)
         self._grads = PerSampleGradients(classifier.module, trained, losses)
 
     def probe(self) -> None:
-        """One backward pass, of the first valid record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
-        if self._probe is not None:
-            self._grads.check(int(self._probe))
+        """One backward pass of a synthetic record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
+        self._grads.check(self._units)
 
     def train(self, adapter: Tensors) -> NDArray[np.float32]:
         """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""

@@ -1,8 +1,8 @@
 """DP-SGD (Abadi et al., CCS 2016): per-sample gradients by Opacus hooks, one clip over all trainables, lattice sum.
 
 Guarantees: a record changes the sum by at most `clip` (plus the lattice's rounding) in L2; a record whose gradient isn't
-finite, or whose forward pass raises, contributes zero and changes nothing else; the physical batch doesn't change the
-result; nothing of one call is left in the model for the next.
+finite, or whose forward pass raises, contributes zero and changes no bit of another's contribution; the physical batch
+changes the result by float rounding only; nothing of one call is left in the model for the next.
 """
 
 from __future__ import annotations
@@ -34,47 +34,64 @@ class PerSampleGradients:
         import torch
         from opacus import GradSampleModule
 
-        for name, layer in module.named_modules():
-            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
-                raise _uncovered(name, "batch norm couples the records of a batch")
         for p in module.parameters():
             p.requires_grad_(False)
         for p in parameters.values():
             p.requires_grad_(True)
+        for name, layer in module.named_modules():
+            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                raise _uncovered(name, "batch norm couples the records of a batch")
+            if any(p.requires_grad for p in layer.parameters(recurse=False)) and any(True for _ in layer.buffers()):
+                raise _uncovered(name, "it has buffers, which records may change")
         self.parameters, self._losses = dict(parameters), losses
         self.dim = sum(p.numel() for p in self.parameters.values())
-        try:
-            self._module = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
-        except (NotImplementedError, ValueError) as e:
-            raise _uncovered("a layer of the model", "it has no per-sample gradient") from e
+        self._module = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
         module.eval()
         for layer in module.modules():  # the hooks work in training mode only; dropout stays off
             layer.training = any(p.requires_grad for p in layer.parameters(recurse=False))
 
     def check(self, record: int) -> None:
-        """Run one record. Raises UsageError `dp.no_per_sample_gradient`, and `dp.frozen` if nothing can move."""
-        rows = self._chunk(np.array([record], np.int64))
-        if not np.any(rows):
-            raise UsageError("dp.frozen", "A probe record gives a zero gradient: the adapter can't move.",
-                             "Check lora.targets, lora.layers and the learning rate.")
+        """Run one synthetic record at random values of the parameters, which are put back.
+
+        Raises UsageError `dp.no_per_sample_gradient`, and `dp.frozen` naming a tensor that gets no gradient.
+        """
+        import torch
+
+        before = {name: p.detach().clone() for name, p in self.parameters.items()}
+        generator = torch.Generator().manual_seed(0)
+        try:
+            with torch.no_grad():  # at the zeros of a fresh adapter most gradients are zero
+                for p in self.parameters.values():
+                    p.normal_(std=0.1, generator=generator)
+            gradient = self._chunk(np.array([record], np.int64))[0]
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(before[name])
+        ends = np.cumsum([p.numel() for p in self.parameters.values()])
+        for name, part in zip(self.parameters, np.split(gradient, ends[:-1]), strict=True):
+            if not part.any():
+                raise UsageError("dp.frozen", f"{name!r} gets no gradient: the adapter can't move.",
+                                 "Check lora.targets and lora.layers.")
 
     def clipped(self, indices: NDArray[np.int64], clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
         """Per-record gradients clipped to `clip`, on the lattice: int64 (b, dim) for each physical batch."""
         for start in range(0, len(indices), physical_batch):
-            grads = self._rows(indices[start:start + physical_batch]).astype(np.float64)
+            grads = self._rows(indices[start:start + physical_batch], physical_batch).astype(np.float64)
             grads[~np.isfinite(grads).all(axis=1)] = 0.0
             norms = np.linalg.norm(grads, axis=1)
             grads *= np.minimum(1.0, clip / np.maximum(norms, clip * 1e-12))[:, None]
             yield np.rint(grads / pitch(clip)).astype(np.int64)
 
-    def _rows(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
+    def _rows(self, indices: NDArray[np.int64], size: int) -> NDArray[np.float32]:
+        """Gradients of up to `size` records, filled up to `size` by repetition: float sums depend on a batch's shape."""
         try:
-            return self._chunk(indices)
+            return self._chunk(np.resize(indices, size))[:len(indices)]
         except Exception:  # noqa: BLE001 - a record may raise anything; it must change nothing that leaves
             self._clear()
         if len(indices) == 1:
             return np.zeros((1, self.dim), np.float32)
-        return np.concatenate([self._rows(indices[i:i + 1]) for i in range(len(indices))])
+        return np.concatenate([self._rows(indices[i:i + 1], size) for i in range(len(indices))])
 
     def _chunk(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Raw per-record gradients, float32 (b, dim)."""
@@ -95,9 +112,13 @@ class PerSampleGradients:
         return out
 
     def _clear(self) -> None:
-        """Drop every gradient, so that an aborted batch can't leak into the next (Opacus keeps them otherwise)."""
+        """Drop all that Opacus keeps of a batch, so that an aborted one can't leak into the next or silence it."""
+        for layer in self._module.modules():
+            for kept in ("activations", "max_batch_len"):
+                layer.__dict__.pop(kept, None)
         for p in self.parameters.values():
-            p.grad, p.grad_sample = None, None  # type: ignore[attr-defined]
+            p.grad, p.grad_sample, p._forward_counter = None, None, 0  # type: ignore[attr-defined]
+            p.__dict__.pop("_current_grad_sample", None)
         self._module.forbid_grad_accumulation()
 
 

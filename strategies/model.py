@@ -127,7 +127,10 @@ class TextClassifier:
                 p.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
 
     def encode(self, texts: Sequence[str]) -> Batch:
-        """Tokenise to the contract's length and run the frozen lower layers once."""
+        """Tokenise to the contract's length and run the frozen lower layers once, in batches of one fixed shape.
+
+        So no bit of a record's `hidden` depends on how many others there are.
+        """
         import torch
 
         tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, max_length=self.terms.max_length,
@@ -144,9 +147,9 @@ class TextClassifier:
         try:
             with torch.inference_mode():
                 for start in range(0, len(ids), ENCODE_BATCH):
+                    rows = np.resize(np.arange(start, min(start + ENCODE_BATCH, len(ids))), ENCODE_BATCH)
                     try:
-                        self.peft(input_ids=ids[start:start + ENCODE_BATCH],
-                                  attention_mask=mask[start:start + ENCODE_BATCH])
+                        self.peft(input_ids=ids[rows], attention_mask=mask[rows])
                     except _Caught:
                         continue
         finally:
@@ -154,7 +157,7 @@ class TextClassifier:
             setattr(self._parent, self._attribute, self._tail)
         width = self.head.in_features
         empty = torch.zeros((0, self.terms.max_length, width))
-        return Batch(ids, mask, torch.cat(caught).clone() if caught else empty)
+        return Batch(ids, mask, torch.cat(caught)[:len(ids)].clone() if caught else empty)
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """float32 (n, classes), without gradients."""
