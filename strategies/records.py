@@ -10,12 +10,13 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.errors import UsageError, nearest
+from privacy.errors import UsageError
 
 MAX_TEXT = 100_000  # characters; longer ones are cut to the contract's length anyway
 MAX_FILE = 4 * 2**30
@@ -42,13 +43,18 @@ def load_records(path: Path, labels: Sequence[str], *, text: str = "text", label
     known = {name: i for i, name in enumerate(labels)}
     texts, numbers, valid = [], [], []
     for value, name in READERS[path.suffix](path, (text, label)):
-        ok = isinstance(value, str) and 0 < len(value) <= MAX_TEXT and isinstance(name, str) and name in known
+        ok = _is_text(value) and isinstance(name, str) and name in known
         texts.append(str(value) if ok else "")
         numbers.append(known[str(name)] if ok else 0)
         valid.append(ok)
     if not texts:
         raise UsageError("data.empty", "The data file holds no records.", "Check site.data.path.")
     return Records(texts, np.array(numbers, np.int64), np.array(valid, bool))
+
+
+def _is_text(value: object) -> bool:
+    """Whether a tokenizer can take it: a lone surrogate is no text."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and not any(0xD800 <= ord(c) < 0xE000 for c in value)
 
 
 def count_records(path: Path, *, text: str, label: str) -> int:
@@ -64,24 +70,24 @@ def public_labels(path: Path, *, text: str, label: str) -> tuple[str, ...]:
 
 
 def _csv(path: Path, columns: tuple[str, str]) -> Iterator[tuple[object, object]]:
-    with path.open(newline="", encoding="utf-8", errors="replace") as f:
-        reader = csv.reader(f)
-        header = next(reader, [])
+    """One record a line: a stray quote spoils its own line only. Texts with line breaks need JSONL."""
+    with path.open(encoding="utf-8-sig", errors="replace") as f:
+        header = next(csv.reader([f.readline().rstrip("\n")]), [])
         for column in columns:
             if column not in header:
                 raise _no_column(column, header)
         at = [header.index(c) for c in columns]
-        rows = iter(reader)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except csv.Error:
-                yield None, None
-                continue
-            if row:
-                yield (row[at[0]], row[at[1]]) if len(row) == len(header) else (None, None)
+        for line in f:
+            if line.strip():
+                yield _csv_line(line.rstrip("\n"), at, len(header))
+
+
+def _csv_line(line: str, at: list[int], width: int) -> tuple[object, object]:
+    try:
+        row = next(csv.reader([line], strict=True), [])
+    except csv.Error:
+        return None, None
+    return (row[at[0]], row[at[1]]) if len(row) == width else (None, None)
 
 
 def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[object, object]]:
@@ -105,7 +111,10 @@ def _jsonl(path: Path, columns: tuple[str, str]) -> Iterator[tuple[object, objec
 
 
 def _no_column(column: str, header: Sequence[str]) -> UsageError:
-    return UsageError("data.column", f"The data has no column {column!r}.", nearest(column, header))
+    """Only a close name is quoted: a file without a header has a record in its place."""
+    close = get_close_matches(column, header, n=1)
+    return UsageError("data.column", f"The data has no column {column!r}.",
+                      f"Did you mean {close[0]!r}?" if close else "Name the columns in the file, and set text and label.")
 
 
 READERS = {".csv": _csv, ".jsonl": _jsonl}
