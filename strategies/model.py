@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json",
-                   "merges.txt", "tokenizer.model", "chat_template.jinja")
+                   "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json",
+                   "chat_template.jinja")
 ENCODE_BATCH = 128
+TARGETS_MEND = "Set lora.targets to names of its linear layers (query, value; q_proj, v_proj)."
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def _digest(files: Sequence[Path]) -> str:
 class TextClassifier:
     """Encoder + LoRA + pooling + head, built from a contract. `module` is the torch module that trains.
 
-    Raises UsageError `lora.targets`, `lora.layers` when the contract's terms don't fit the model.
+    Raises UsageError `lora.targets`, `lora.layers`, `lora.rank` when the contract's terms don't fit the model.
     """
 
     def __init__(self, folder: Path, model: ModelTerms, lora: LoraTerms, classes: int) -> None:
@@ -90,6 +92,8 @@ class TextClassifier:
         self._tail = _tail(self._full, self.adapted[0])
         self.module = _module(self.peft, self.head, self._tail[0], model)
         self.parameters = self._named_parameters()
+        if any(lora.r > p.shape[1] for name, p in self.parameters.items() if ".lora_A." in name):
+            raise UsageError("lora.rank", f"Rank {lora.r} is above the width of an adapted layer.", "Lower lora.r.")
 
     def _find_layers(self, base: Any) -> None:
         """The list of transformer layers: the ModuleList as long as config.num_hidden_layers."""
@@ -127,7 +131,7 @@ class TextClassifier:
                 p.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
 
     def encode(self, texts: Sequence[str]) -> Batch:
-        """Tokenise to the contract's length and run the frozen lower layers once, in batches of one fixed shape.
+        """Tokenise one text or more to the contract's length and run the frozen lower layers once, in batches of one fixed shape.
 
         So no bit of a record's `hidden` depends on how many others there are.
         """
@@ -155,9 +159,7 @@ class TextClassifier:
         finally:
             handle.remove()
             setattr(self._parent, self._attribute, self._tail)
-        width = self.head.in_features
-        empty = torch.zeros((0, self.terms.max_length, width))
-        return Batch(ids, mask, torch.cat(caught)[:len(ids)].clone() if caught else empty)
+        return Batch(ids, mask, torch.cat(caught)[:len(ids)].clone())
 
     def logits(self, batch: Batch) -> NDArray[np.float32]:
         """float32 (n, classes), without gradients."""
@@ -200,11 +202,13 @@ def _with_lora(base: Any, lora: LoraTerms, layers: Sequence[int]) -> Any:
 
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(lora.targets), lora_dropout=0.0, bias="none",
                         layers_to_transform=list(layers), task_type=TaskType.FEATURE_EXTRACTION)
+    for target in lora.targets:  # PEFT is content when one of them fits
+        if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
+            raise UsageError("lora.targets", f"No layer of the model is called {target!r}.", TARGETS_MEND)
     try:
         return get_peft_model(base, config).eval()
     except ValueError as e:
-        raise UsageError("lora.targets", f"No layer of the model is called {' or '.join(lora.targets)}.",
-                         "Set lora.targets to names of its linear layers (query, value; q_proj, v_proj).") from e
+        raise UsageError("lora.targets", f"LoRA does not fit {' or '.join(lora.targets)}.", TARGETS_MEND) from e
 
 
 def _tail(full: Any, first: int) -> Any:
