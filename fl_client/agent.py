@@ -39,8 +39,8 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
         ledger = Ledger.create(path, signer, lineage=secrets.token_hex(16), unit=mechanism.unit,
                                adjacency=mechanism.adjacency, delta=mechanism.delta, cap=policy.max_epsilon)
     done = {(r.round, r.attempt) for r in ledger.summary().reserves if r.run == contract.run}
-    if not ledger.planned_fits(mechanism, max(0, privacy.rounds + privacy.retries - len(done))):
-        cap = ledger.cap
+    left, cap = max(0, privacy.rounds + privacy.retries - len(done)), min(ledger.cap, policy.max_epsilon)
+    if not ledger.planned_fits(mechanism, left, cap=cap):
         ledger.close()
         raise Refused("budget.exhausted", f"The contract's rounds and retries don't fit the cap of {cap}.",
                       "Ask for a contract with fewer rounds or more noise; a spent budget never comes back.")

@@ -9,19 +9,22 @@ import os
 from pathlib import Path
 
 from privacy.canonical import canonical, parse
-from privacy.errors import Aborted, CheckFailed, UsageError
+from privacy.errors import Aborted, CheckFailed, Refused, UsageError
 from privacy.files import FileLayer
 
 Slot = tuple[int, int]  # (round, attempt)
 
 
 class SiteJournal:
-    """`SpentJournal` on a file. Raises Refused `file.leased`, CheckFailed `journal.broken`."""
+    """`SpentJournal` on a file; unusable once a write has failed.
+
+    Raises Refused `file.leased`, `journal.write_failed`, `journal.unusable`; CheckFailed `journal.broken`.
+    """
 
     def __init__(self, path: Path, files: FileLayer | None = None) -> None:
         self._files = files or FileLayer()
         self._fd = self._files.open_append(path)
-        self._last: dict[str, Slot] = {}
+        self._begun: dict[str, set[Slot]] = {}
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].splitlines():
@@ -37,7 +40,11 @@ class SiteJournal:
 
     def last(self, run: str) -> Slot:
         """The newest attempt begun in a run; (0, 0) if none."""
-        return self._last.get(run, (0, 0))
+        return max(self._begun.get(run, {(0, 0)}))
+
+    def attempts(self, run: str) -> int:
+        """Number of attempts begun in a run."""
+        return len(self._begun.get(run, ()))
 
     def started(self, run: str, round_no: int, attempt: int) -> None:
         """Durable before M1. Raises Aborted `secagg.stale` unless the attempt is newer than all before."""
@@ -56,7 +63,15 @@ class SiteJournal:
         self._fd = -1
 
     def _append(self, event: dict[str, str | int]) -> None:
-        self._files.append(self._fd, canonical(event) + b"\n")
+        if self._fd < 0:
+            raise Refused("journal.unusable", "The site's journal is closed, or its last write failed.",
+                          "Repair the disk, then start the agent again.")
+        try:
+            self._files.append(self._fd, canonical(event) + b"\n")
+        except OSError as e:
+            self.close()
+            raise Refused("journal.write_failed", f"The site's journal can't be written ({e.strerror}).",
+                          "Free or repair the disk, then start the agent again.") from e
 
     def _remember(self, run: str, slot: Slot) -> None:
-        self._last[run] = max(slot, self.last(run))
+        self._begun.setdefault(run, set()).add(slot)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from privacy.accountant import Release, epsilon, round_up
 from privacy.canonical import digest
 from privacy.contract import Contract, Terms, validate
 from privacy.errors import Refused, UsageError
@@ -24,6 +25,8 @@ class SitePolicy(Terms):
     max_delta: float = Field(1e-5, gt=0, lt=1)
     min_sigma: float = Field(0.5, ge=0)
     min_cohort: int = Field(3, ge=1)
+    min_weight_ratio: float = Field(0.1, gt=0, le=1, description="least weight of a site relative to the largest one: "
+                                    "a site whose peers weigh nothing isn't hidden among them")
     colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
     rules: tuple[str, ...] = ("ffa", "fedit")
     units: tuple[str, ...] = ("record",)
@@ -59,6 +62,16 @@ def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
             raise _refuse("delta", f"The contract's delta {terms.delta} is over {policy.max_delta}.", "max_delta")
         if terms.sigma < policy.min_sigma:
             raise _refuse("sigma", f"The contract's sigma {terms.sigma} is under {policy.min_sigma}.", "min_sigma")
+        steps = (privacy.rounds + privacy.retries) * privacy.local_steps
+        if round_up(epsilon([Release(privacy.q, terms.sigma, steps)], terms.delta)) > privacy.epsilon:
+            raise Refused("contract.epsilon", "The contract's noise doesn't keep its own epsilon.",
+                          "Ask for a contract with sigma calibrated to its rounds and retries.")
+    weights = [s.weight for s in contract.sites]
+    if min(weights) < policy.min_weight_ratio * max(weights):
+        raise _refuse("weights", "The contract's weights leave too few sites to hide among.", "min_weight_ratio")
+    if terms.n_decl < contract.data.floor:
+        raise Refused("data.floor", "The site declares fewer units than the contract's floor.",
+                      "Take no part in this contract, or ask for a lower floor.")
     if len(contract.sites) < policy.min_cohort:
         raise _refuse("cohort", f"The cohort of {len(contract.sites)} is under {policy.min_cohort}.", "min_cohort")
     if contract.rule.name not in policy.rules:

@@ -20,11 +20,11 @@ from fl_client.link import Handler, StageRefused, Vector
 from fl_client.policy import SitePolicy
 from fl_client.training import Trainer
 from privacy import stages
-from privacy.canonical import decimal, parse
+from privacy.canonical import decimal, labelled_hash, parse
 from privacy.contract import Contract, Terms, validate
-from privacy.errors import Aborted, ConsiloError, SiteCode, UsageError
+from privacy.errors import Aborted, ConsiloError, Refused, SiteCode, UsageError
 from privacy.identity import Signer
-from privacy.ledger import Ledger
+from privacy.ledger import Ledger, check_extract
 from privacy.secagg import transcript as tr
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import CheckCertificate
@@ -37,6 +37,7 @@ log = logging.getLogger("consilo.round")
 Reply = tuple[bytes, Mapping[str, Vector]]
 B = TypeVar("B", bound=Terms)
 Update = NDArray[np.float32]
+NOTHING: NDArray[np.uint32] = np.zeros(0, np.uint32)
 CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
          "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
 
@@ -56,7 +57,10 @@ class SiteRound:
         start = initial(trainer.spec, contract.lora.seed)
         self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
         self._session: SiteSession | PlainSite | None = None
+        self._encoded: NDArray[np.uint32] = NOTHING
         self._stored: dict[str, tuple[bytes, Reply]] = {}
+        if self._mechanism.private and ledger is None:
+            raise Refused("ledger.missing", "A private contract needs a ledger.", "Open the site's ledger first.")
 
     def handlers(self) -> dict[str, Handler]:
         """By message type, for `build_app`."""
@@ -83,7 +87,10 @@ class SiteRound:
         self._compare(got, adapter_digest(adapter))
         if (got.round, got.attempt) <= self._journal.last(got.run):
             raise StageRefused(SiteCode.STALE_ROUND)
-        self._session, self._stored, self._offer = None, {}, got
+        if self._attempts() >= self.contract.privacy.rounds + self.contract.privacy.retries:
+            raise StageRefused(SiteCode.BUDGET)
+        self._drop_round()
+        self._offer = got
         delta = self._charged(got, lambda: self._trainer.train(adapter))
         self._encoded = self._encoding.encode(delta, self._terms.weight)
         self._session = self._open(got)
@@ -94,6 +101,7 @@ class SiteRound:
 
     def _masked(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
         session, encoded = self._live(), self._encoded
+        self._encoded = NOTHING  # m5 masks it in place; nobody else may see it before
         reply, y = session.m5(body, encoded)
         return reply, {"y": y}
 
@@ -115,12 +123,14 @@ class SiteRound:
         self._asked(body)
         if self._ledger is None:
             return stages.dump(stages.Closed(statement="", ledger="")), {}
-        self._ledger.close_run(self.contract.run)
-        extract, head = self._ledger.extract(self.contract.run), self._ledger.head
+        if not any(c.run == self.contract.run for c in self._ledger.summary().closes):
+            self._ledger.close_run(self.contract.run)
+        extract = self._ledger.extract(self.contract.run)  # ends with the closing record, however often it is asked for
+        end = check_extract(extract, self._signer.certificate)
         statement = self._state("closing", ("ledger", hashlib.sha256(extract).hexdigest()), {
-            "lineage": self._ledger.lineage, "records": head.seq + 1, "ledger_seq": head.seq, "ledger_head": head.hash,
-            "epsilon": decimal(self._ledger.epsilon()), "delta": decimal(self._ledger.delta),
-            "cap": decimal(self._ledger.cap)})
+            "lineage": end.lineage, "records": end.head.seq + 1, "ledger_seq": end.head.seq,
+            "ledger_head": end.head.hash, "epsilon": end.closes[-1].head_epsilon, "delta": decimal(end.delta),
+            "cap": decimal(end.cap)})
         return stages.dump(stages.Closed(statement=statement, ledger=extract.decode())), {}
 
     def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> Update:
@@ -140,7 +150,7 @@ class SiteRound:
             raise StageRefused(SiteCode.MODEL)
         if got.adapter != want.adapter:
             raise StageRefused(SiteCode.ADAPTER)
-        if got != want:
+        if got != want or got.round > self.contract.privacy.rounds or got.attempt > self.contract.privacy.retries:
             raise StageRefused(SiteCode.CONTRACT)
 
     def _open(self, offer: tr.Offer) -> SiteSession | PlainSite:
@@ -149,6 +159,17 @@ class SiteRound:
             return PlainSite(offer, self._index)
         return SiteSession(offer, index=self._index, n_c=self._policy.colluding, signer=self._signer,
                            check_certificate=self._check_certificate, journal=self._journal)
+
+    def _attempts(self) -> int:
+        """Attempts of this run so far: what the ledger charged, or without one what the journal began."""
+        if self._ledger is None:
+            return self._journal.attempts(self.contract.run)
+        return sum(r.run == self.contract.run for r in self._ledger.summary().reserves)
+
+    def _drop_round(self) -> None:
+        """Forget the attempt: its session, its update and its replies (those to queries stay)."""
+        self._session, self._encoded = None, NOTHING
+        self._stored = {name: stored for name, stored in self._stored.items() if name.startswith("query.")}
 
     def _live(self) -> SiteSession | PlainSite:
         if self._session is None:
@@ -165,18 +186,19 @@ class SiteRound:
 
     def _once(self, name: str, handler: Handler) -> Handler:
         def run(body: bytes, arrays: dict[str, Vector]) -> Reply:
-            key = hashlib.sha256(body)
-            for array_name in sorted(arrays):
-                key.update(array_name.encode() + arrays[array_name].tobytes())
-            if name in self._stored and self._stored[name][0] == key.digest():
+            parts = [p for array_name in sorted(arrays) for p in (array_name, arrays[array_name].tobytes())]
+            key = labelled_hash("consilo stage", name, body, *parts)
+            if name in self._stored and self._stored[name][0] == key:
                 return self._stored[name][1]
             try:
                 reply = handler(body, arrays)
             except ConsiloError as e:
                 log.error("%s refused here: %s", name, e)
+                if isinstance(e, Aborted):
+                    self._drop_round()
                 fallback = SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED
                 raise StageRefused(CODES.get(e.code, fallback)) from e
-            self._stored[name] = (key.digest(), reply)
+            self._stored[name] = (key, reply)
             return reply
 
         return run

@@ -74,7 +74,7 @@ class TrainerProcess:
         except BrokenPipeError as e:
             self._kill()
             raise Unreachable("trainer.gone", "The trainer process ended.", "See the agent's log.") from e
-        except Unreachable:
+        except BaseException:  # a reply may still come: it must not be read as the next one's
             self._kill()
             raise
         if "error" in reply:

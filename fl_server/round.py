@@ -14,11 +14,12 @@ import numpy as np
 from cryptography.x509 import Certificate
 from numpy.typing import NDArray
 
-from fl_server.exchange import Answer, Exchange, Note
+from fl_server.exchange import MALFORMED, Answer, Exchange, Note
 from privacy import stages
+from privacy.bundle import KINDS, Predicate, RoundSite
 from privacy.canonical import parse
 from privacy.contract import Contract, validate
-from privacy.errors import ConsiloError, RoundVoid
+from privacy.errors import CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import fingerprint
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
@@ -36,6 +37,7 @@ T = TypeVar("T")
 class Mean:
     """Result of one attempt: the weighted mean change, float32 (dim,), its transcript, the sites' statements."""
 
+    attempt: int
     delta: NDArray[np.float32]
     transcript: str
     statements: Mapping[str, bytes]
@@ -74,17 +76,23 @@ class RoundDriver:
         statements: dict[str, bytes] = {}
 
         def take_m9(u: int, note: Note) -> None:
-            got = validate(stages.Unmasked, parse(note.body))
+            got, name = validate(stages.Unmasked, parse(note.body)), self._names[u]
+            said = statement(RoundSite, got.statement.encode(), self._certificates[name])
+            m = self.contract.mechanism(name)
+            if (said.site, said.run, said.contract, said.round, said.attempt, said.adapter_in, said.transcript,
+                    said.masked, float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl) != (
+                    name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter,
+                    session.transcript.hex(), session.y_hash(u), m.q, m.clip, m.sigma, m.steps, m.n_decl):
+                raise CheckFailed("round.statement", "A site's statement is about something else than this attempt.",
+                                  "The round is void; that site's software differs.")
             session.take_m9(u, got.m9.encode())
-            name = self._names[u]
-            open_envelope(got.statement.encode(), {fingerprint(self._certificates[name]): self._certificates[name]})
             statements[name] = got.statement.encode()
 
         m6 = Note(self._own(session.m6))
         self._stage("unmask", dict.fromkeys(self._names, m6), take_m9)
         total = self._own(session.unmask)
         delta = self._encoding.decode_mean(total, [s.weight for s in self.contract.sites])
-        return Mean(delta, session.transcript.hex(), statements)
+        return Mean(attempt, delta, session.transcript.hex(), statements)
 
     def _session(self, offer: tr.Offer) -> CoordinatorSession | PlainCoordinator:
         if self.contract.secagg.enabled:
@@ -104,6 +112,8 @@ class RoundDriver:
                 take(self._names.index(name), answer.note)
             except ConsiloError as e:
                 bad[name] = e.code
+            except Exception:  # noqa: BLE001 - whatever a site sends voids its attempt, and no more
+                bad[name] = MALFORMED
 
         answers = self._exchange.ask(stage, notes, deadline_s=deadline_s or self._deadlines.stage_s,
                                      on_answer=on_answer)
@@ -127,6 +137,17 @@ def void(bad: Mapping[str, str]) -> RoundVoid:
                       "Each site's own log says why; a new attempt needs a fresh update and a fresh charge.")
     error.sites = tuple(sorted(name for name in bad if name))
     return error
+
+
+P = TypeVar("P", bound=Predicate)
+
+
+def statement(model: type[P], envelope: bytes, certificate: Certificate) -> P:
+    """What a site says, once signature, predicate type and form are right. Raises CheckFailed, UsageError."""
+    said = open_envelope(envelope, {fingerprint(certificate): certificate})
+    if said.predicate_type != next(k.predicate_type for k in KINDS.values() if k.model is model):
+        raise CheckFailed("round.statement", "A statement is of another type than asked for.", "Ask that site.")
+    return validate(model, said.predicate)
 
 
 def _masked(note: Note) -> NDArray[np.uint32]:

@@ -20,15 +20,16 @@ from fl_server.evaluation import PublicSplit, Score
 from fl_server.exchange import Exchange, Note
 from fl_server.journal import RunJournal
 from fl_server.model_card import write_card
-from fl_server.round import Deadlines, RoundDriver, void
+from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
 from privacy import stages
-from privacy.bundle import BundleWriter
+from privacy.bundle import Acceptance, BundleWriter, Closing
 from privacy.canonical import decimal, parse
 from privacy.contract import Contract, validate
-from privacy.errors import ConsiloError, RoundVoid
-from privacy.identity import Signer, fingerprint
+from privacy.errors import CheckFailed, ConsiloError, RoundVoid
+from privacy.identity import Signer
+from privacy.ledger import check_extract
 from privacy.secagg.peers import CheckCertificate
-from privacy.statements import make, open_envelope
+from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
 from strategies.model import TextClassifier
 from strategies.optimizers import optimizer
@@ -83,7 +84,7 @@ class Run:
                 mean, voids = self._attempts(round_no, adapter, voids)
                 change, state = optimizer(contract.rule.optimizer)(contract.rule, mean.delta, state)
                 old, adapter = adapter, self._spec.add(adapter, change)
-                self._save(round_no, old, adapter, mean.transcript, mean.statements)
+                self._save(round_no, old, adapter, mean)
                 done = round_no
                 last = round_no == contract.privacy.rounds
                 if last or round_no % self._evaluate_every == 0:
@@ -91,8 +92,8 @@ class Run:
                     after = self._timed("evaluation", lambda: self._split.score(tensors))  # noqa: B023 - called at once
                 self._progress({"event": "round", "round": round_no, "rounds": contract.privacy.rounds,
                                 "accuracy": after.accuracy, "measured": last or round_no % self._evaluate_every == 0})
-        except ConsiloError as e:
-            outcome = e.code
+        except BaseException as e:
+            outcome = e.code if isinstance(e, ConsiloError) else "internal.bug"
             raise
         finally:
             if done:
@@ -110,11 +111,16 @@ class Run:
         if bad:
             raise void(bad)
         for name in self._names:
-            note = answers[name].note
-            if note is not None:
-                self._keep("acceptance", name, validate(stages.Acceptance, parse(note.body)).statement)
+            try:
+                envelope = validate(stages.Acceptance, parse(answers[name].note.body)).statement.encode()
+                said = statement(Acceptance, envelope, self._certificates[name])
+                if (said.site, said.run, said.contract) != (name, self.contract.run, self.contract.digest):
+                    raise CheckFailed("round.statement", "An acceptance is about another contract.", "Ask that site.")
+            except ConsiloError as e:
+                raise void({name: e.code}) from e
+            self._bundle.add_statement("acceptance", name, envelope)
 
-    def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Any, int]:
+    def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Mean, int]:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
         attempt = 0
         while True:
@@ -130,22 +136,16 @@ class Run:
                     raise
                 self._exchange.wait_online(self._names, self._deadlines.training_s)
 
-    def _save(self, round_no: int, old: Tensors, new: Tensors, transcript: str, statements: Mapping[str, bytes]) -> None:
+    def _save(self, round_no: int, old: Tensors, new: Tensors, mean: Mean) -> None:
         """Adapter on disk first, then the journal's line: from there on the round counts."""
         folder = self._folder / "rounds" / f"{round_no:04d}"
         self._timed("saving", lambda: self._model.save(folder, new, self._base_name))
         self._journal.write("done", round=round_no, adapter=adapter_digest(new), folder=folder.name)
         for name in self._names:
-            self._bundle.add_statement("round-site", name, statements[name])
-        self._state_round(round_no, self._attempt_of(statements), adapter_digest(old), adapter_digest(new), "done", "",
-                          transcript)
+            self._bundle.add_statement("round-site", name, mean.statements[name])
+        self._state_round(round_no, mean.attempt, adapter_digest(old), adapter_digest(new), "done", "",
+                          mean.transcript)
         shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
-
-    def _attempt_of(self, statements: Mapping[str, bytes]) -> int:
-        name = self._names[0]
-        certificate = self._certificates[name]
-        attempt = open_envelope(statements[name], {fingerprint(certificate): certificate}).predicate["attempt"]
-        return int(attempt)
 
     def _state_round(self, round_no: int, attempt: int, old: str, new: str, outcome: str, reason: str,
                      transcript: str) -> None:
@@ -173,24 +173,26 @@ class Run:
                 continue
             try:
                 closed = validate(stages.Closed, parse(answer.note.body))
-                if closed.ledger:
-                    statement = self._keep("closing", name, closed.statement)
-                    self._bundle.add_ledger(name, closed.ledger.encode())
-                    epsilon[name] = str(statement.predicate.get("epsilon", ""))
+                if self.contract.privacy.trust != "none":
+                    epsilon[name] = self._take_closing(name, closed)
             except ConsiloError as e:
                 self._progress({"event": "silent", "site": name, "reason": e.code})
         return epsilon
 
+    def _take_closing(self, name: str, closed: stages.Closed) -> str:
+        """Keep a site's closing statement and ledger if they belong together; returns the epsilon that it claims."""
+        certificate, ledger = self._certificates[name], closed.ledger.encode()
+        said, head = statement(Closing, closed.statement.encode(), certificate), check_extract(ledger, certificate).head
+        if (said.site, said.run, said.contract, said.ledger_seq, said.ledger_head) != (
+                name, self.contract.run, self.contract.digest, head.seq, head.hash):
+            raise CheckFailed("round.statement", "A closing statement and its ledger don't fit.", "Ask that site.")
+        self._bundle.add_statement("closing", name, closed.statement.encode())
+        self._bundle.add_ledger(name, ledger)
+        return said.epsilon
+
     def _query(self, stage: str) -> dict[str, Any]:
         note = Note(stages.dump(stages.Ask(contract=self.contract.digest)))
         return self._exchange.ask(stage, dict.fromkeys(self._names, note), deadline_s=self._deadlines.stage_s)
-
-    def _keep(self, kind: str, name: str, envelope: str) -> Any:
-        """Store a site's statement once its signature is verified."""
-        certificate = self._certificates[name]
-        statement = open_envelope(envelope.encode(), {fingerprint(certificate): certificate})
-        self._bundle.add_statement(kind, name, envelope.encode())
-        return statement
 
     def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
         common = {"run": self.contract.run, "contract": self.contract.digest}

@@ -107,7 +107,7 @@ def load_certificate(pem: bytes, what: str = "certificate") -> x509.Certificate:
     """Parse one PEM certificate. Raises UsageError `identity.malformed`."""
     try:
         return x509.load_pem_x509_certificate(pem)
-    except ValueError as e:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         raise _malformed(what, "a PEM certificate") from e
 
 
@@ -245,6 +245,12 @@ class TrustStore:
         """Of the root: what `--ca` takes."""
         return fingerprint(self.root)
 
+    def require_revocation_list(self, role: Role) -> None:
+        """Raises Refused `identity.crl_missing` where the CA's revocation list for a role isn't here."""
+        if role not in self._crls:
+            raise Refused("identity.crl_missing", f"There is no revocation list crl-{role}.pem.",
+                          "Copy the CA's current list beside its certificates.")
+
     def check(self, cert: x509.Certificate, role: Role, *, usage: Usage, at: datetime) -> Peer:
         """Accept a certificate for one role and usage at a time (with zone).
 
@@ -282,7 +288,7 @@ def load_crl(pem: bytes) -> x509.CertificateRevocationList:
     """Parse one PEM revocation list. Raises UsageError `identity.malformed`."""
     try:
         return x509.load_pem_x509_crl(pem)
-    except ValueError as e:
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         raise _malformed("The file", "a PEM revocation list") from e
 
 

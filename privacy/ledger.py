@@ -192,14 +192,15 @@ class Ledger:
         """What `epsilon` may still grow by. Epsilons do not add up: ask `planned_fits` about a schedule."""
         return float(max(Decimal(0), Decimal(self._chain.opened.cap) - Decimal(decimal_up(self._epsilon([])))))
 
-    def planned_fits(self, mechanism: DpMechanism, rounds: int) -> bool:
-        """Would that many more rounds (retries counted) stay within the cap?
+    def planned_fits(self, mechanism: DpMechanism, rounds: int, *, cap: float | None = None) -> bool:
+        """Would that many more rounds (retries counted) stay within the lineage's cap, and a lower one if given?
 
         Raises as `reserve` does for a mechanism that the lineage doesn't cover.
         """
         self._check_mechanism(mechanism)
         schedule = Release(mechanism.q, mechanism.sigma, mechanism.steps * rounds)
-        return self._within_cap(decimal_up(self._epsilon([schedule])))
+        total = decimal_up(self._epsilon([schedule]))
+        return self._within_cap(total) and (cap is None or float(total) <= cap)
 
     def summary(self) -> LedgerSummary:
         """Everything verified so far."""

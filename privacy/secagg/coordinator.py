@@ -8,21 +8,21 @@ never gives a wrong sum.
 from __future__ import annotations
 
 import hashlib
-import itertools
+import secrets
 
 import numpy as np
 from cryptography.x509 import Certificate
 from numpy.typing import NDArray
 
 from privacy.errors import Aborted
-from privacy.identity import verify_signature
+from privacy.identity import Peer, verify_signature
 from privacy.secagg import prg, shamir
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1, M2, M3, M4, M5, M6, M9, M3Body, dump, load
-from privacy.secagg.peers import CheckCertificate, check_key
+from privacy.secagg.peers import CheckCertificate, check_distinct, check_key
 from privacy.secagg.site import SECRET
 
-MAX_SUBSETS = 200  # t-subsets tried for one secret before the round is void
+MAX_SUBSETS = 200  # random sets of t holders tried before the round is void
 
 
 class CoordinatorSession:
@@ -32,6 +32,7 @@ class CoordinatorSession:
         self.offer, self._check_certificate = offer, check_certificate
         self._n = len(offer.cohort)
         self._keys: dict[int, M1] = {}
+        self._peers: list[Peer] = []
         self._certificates: dict[int, Certificate] = {}
         self._m3: dict[int, M3] = {}
         self._m5: dict[int, M5] = {}
@@ -42,8 +43,12 @@ class CoordinatorSession:
     def take_m1(self, index: int, data: bytes) -> None:
         key = load(M1, data)
         self._sender(index, key.index, self._keys)
-        self._certificates[index] = check_key(self.offer, key, self._check_certificate)
-        self._keys[index] = key
+        peer = check_key(self.offer, key, self._check_certificate)
+        if any(key.public == other.public for other in self._keys.values()):
+            raise Aborted("secagg.peer", "Two sites sent one key.", "The round is void.")
+        check_distinct([*self._peers, peer])
+        self._peers.append(peer)
+        self._certificates[index], self._keys[index] = peer.certificate, key
 
     def m2(self) -> bytes:
         self._complete(self._keys)
@@ -88,6 +93,10 @@ class CoordinatorSession:
         self._m5[index] = m5
         np.add(self.total, y, out=self.total)
 
+    def y_hash(self, index: int) -> str:
+        """Hex SHA-256 of a site's masked vector, once taken."""
+        return self._m5[index].y_hash
+
     def m6(self) -> bytes:
         self._complete(self._m5)
         survivors = tuple(self._m5[u] for u in range(self._n))
@@ -107,21 +116,24 @@ class CoordinatorSession:
         """The sum of all encoded updates mod 2^32; pair masks have cancelled. At most one call."""
         if len(self._shares) < self.offer.threshold:
             raise Aborted("secagg.too_few", "Fewer sites than the threshold released shares.", "The round is void.")
-        held = {v: dict(m.shares) for v, m in self._shares.items()}
-        masks = []
-        for u in range(self._n):
-            b = self._reconstruct({v + 1: shares[u] for v, shares in held.items()}, u)
-            masks.append((prg.derive_key(b, tr.self_mask_info(self._t2, u)), -1))
-        prg.add_masks(self.total, masks)
+        secrets_b = self._reconstruct({v + 1: b"".join(s for _, s in m.shares) for v, m in self._shares.items()})
+        prg.add_masks(self.total, [(prg.derive_key(b, tr.self_mask_info(self._t2, u)), -1)
+                                   for u, b in enumerate(secrets_b)])
         self._shares.clear()
         return self.total
 
-    def _reconstruct(self, shares: dict[int, bytes], u: int) -> bytes:
-        want = self._m3[u].body.com_b
-        for points in itertools.islice(itertools.combinations(sorted(shares), self.offer.threshold), MAX_SUBSETS):
-            b = shamir.combine({x: shares[x] for x in points})
-            if tr.commit_b(self._t1, u, b) == want:
-                return b
+    def _reconstruct(self, shares: dict[int, bytes]) -> list[bytes]:
+        """Every b_u, from t holders' shares of all of them; other holders are tried for those that don't fit."""
+        found: dict[int, bytes] = {}
+        for _ in range(MAX_SUBSETS):
+            points = secrets.SystemRandom().sample(sorted(shares), self.offer.threshold)
+            joined = shamir.combine({x: shares[x] for x in points})
+            for u in range(self._n):
+                b = joined[u * SECRET:(u + 1) * SECRET]
+                if u not in found and tr.commit_b(self._t1, u, b) == self._m3[u].body.com_b:
+                    found[u] = b
+            if len(found) == self._n:
+                return [found[u] for u in range(self._n)]
         raise Aborted("secagg.forged_share", "No set of shares gives the committed secret.", "The round is void.")
 
     def _sender(self, index: int, claimed: int, seen: dict[int, M1] | dict[int, M3] | dict[int, M5] | dict[int, M9]) -> None:

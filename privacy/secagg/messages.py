@@ -87,8 +87,12 @@ def dump(message: Terms) -> bytes:
 
 def load(model: type[M], data: bytes) -> M:
     """Parse a peer's message. Raises Aborted `secagg.message`, whatever is wrong with it."""
+    malformed = Aborted("secagg.message", f"A message {model.__name__} is malformed.",
+                        "The round is void; check the versions of both sides.")
     try:
-        return validate(model, parse(data, limit=MAX_MESSAGE))
+        message = validate(model, parse(data, limit=MAX_MESSAGE))
     except UsageError as e:
-        raise Aborted("secagg.message", f"A message {model.__name__} is malformed.",
-                      "The round is void; check the versions of both sides.") from e
+        raise malformed from e
+    if dump(message) != data:  # one message has one encoding
+        raise malformed
+    return message

@@ -1,4 +1,4 @@
-"""The check of M2 that both sides make: every key of the list belongs to the certificate that the offer names."""
+"""The checks of M1 and M2 that both sides make: every key belongs to the certificate, name and organisation it claims."""
 
 from __future__ import annotations
 
@@ -8,32 +8,43 @@ from datetime import UTC, datetime
 from cryptography.x509 import Certificate
 
 from privacy.errors import Aborted
-from privacy.identity import Role, TrustStore, fingerprint, load_certificate, verify_signature
+from privacy.identity import Peer, Role, TrustStore, load_certificate, verify_signature
+from privacy.secagg import hybrid
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1
 
-CheckCertificate = Callable[[bytes], Certificate]
+CheckCertificate = Callable[[bytes], Peer]
 
 
 def certificate_check(trust: TrustStore) -> CheckCertificate:
-    """PEM of a site's Ed25519 certificate -> the certificate, if chain, role, validity and revocation are right now."""
+    """PEM of a site's Ed25519 certificate -> the peer, if chain, role, validity and revocation are right now.
 
-    def check(pem: bytes) -> Certificate:
-        certificate = load_certificate(pem)
-        trust.check(certificate, Role.SITE, usage="signing", at=datetime.now(UTC))
-        return certificate
+    Raises Refused `identity.crl_missing` at once where there is no revocation list of sites.
+    """
+    trust.require_revocation_list(Role.SITE)
+
+    def check(pem: bytes) -> Peer:
+        return trust.check(load_certificate(pem), Role.SITE, usage="signing", at=datetime.now(UTC))
 
     return check
 
 
-def check_key(offer: tr.Offer, key: M1, check_certificate: CheckCertificate) -> Certificate:
-    """Certificate of one M1. Raises Aborted `secagg.peer`, or Refused from the certificate or signature check."""
-    certificate = check_certificate(key.certificate)
-    if key.index >= len(offer.cohort) or fingerprint(certificate) != offer.cohort[key.index].certificate:
-        raise Aborted("secagg.peer", "A key comes with a certificate that the cohort does not name.",
-                      "The round is void; check the contract's list of sites.")
-    verify_signature(certificate, key.signature, tr.signed_m1(offer.ctx, key.index, key.public))
-    return certificate
+def check_key(offer: tr.Offer, key: M1, check_certificate: CheckCertificate) -> Peer:
+    """The peer behind one M1. Raises Aborted `secagg.peer`, `secagg.ciphertext`, or Refused from its certificate."""
+    peer = check_certificate(key.certificate)
+    member = offer.cohort[key.index] if key.index < len(offer.cohort) else None
+    if member is None or (peer.fingerprint, peer.name) != (member.certificate, member.name):
+        raise _refused("A key comes with a certificate that the cohort does not name.")
+    verify_signature(peer.certificate, key.signature, tr.signed_m1(offer.ctx, key.index, key.public))
+    hybrid.seal(key.public, b"", b"")  # a key that can't be used is its sender's fault, found before others meet it
+    return peer
+
+
+def check_distinct(peers: Sequence[Peer]) -> None:
+    """One organisation is one member, whatever certificates it holds. Raises Aborted `secagg.peer`."""
+    keys = {p.certificate.public_key().public_bytes_raw() for p in peers}  # type: ignore[union-attr]
+    if not len(peers) == len(keys) == len({p.organisation for p in peers}) == len({p.name for p in peers}):
+        raise _refused("Two members of the cohort share a key, a name or an organisation.")
 
 
 def check_keys(offer: tr.Offer, keys: Sequence[M1], check_certificate: CheckCertificate) -> list[Certificate]:
@@ -41,4 +52,10 @@ def check_keys(offer: tr.Offer, keys: Sequence[M1], check_certificate: CheckCert
     if [k.index for k in keys] != list(range(len(offer.cohort))) or len({k.public for k in keys}) != len(keys):
         raise Aborted("secagg.key_list", "The key list is not that of the whole cohort.",
                       "The round is void; a site may have dropped out.")
-    return [check_key(offer, k, check_certificate) for k in keys]
+    peers = [check_key(offer, k, check_certificate) for k in keys]
+    check_distinct(peers)
+    return [p.certificate for p in peers]
+
+
+def _refused(cause: str) -> Aborted:
+    return Aborted("secagg.peer", cause, "The round is void; check the contract's list of sites.")

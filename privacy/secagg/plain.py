@@ -40,7 +40,7 @@ class PlainCoordinator:
     transcript = b""
 
     def __init__(self, offer: tr.Offer) -> None:
-        self.offer, self._seen = offer, set[int]()
+        self.offer, self._seen = offer, dict[int, str]()
         self.total = np.zeros(offer.dim, np.uint32)
 
     def take_m1(self, index: int, data: bytes) -> None:
@@ -56,11 +56,15 @@ class PlainCoordinator:
         return {m.index: b"{}" for m in self.offer.cohort}
 
     def take_m5(self, index: int, data: bytes, y: NDArray[np.uint32]) -> None:
-        if (load(M5, data).index != index or index in self._seen or y.dtype != np.uint32
-                or y.shape != (self.offer.dim,)):
+        m5 = load(M5, data)
+        if (m5.index != index or index in self._seen or y.dtype != np.uint32 or y.shape != (self.offer.dim,)
+                or hashlib.sha256(np.ascontiguousarray(y).data).hexdigest() != m5.y_hash):
             raise Aborted("secagg.dimension", "A vector has the wrong shape or sender.", "The round is void.")
-        self._seen.add(index)
+        self._seen[index] = m5.y_hash
         np.add(self.total, y, out=self.total)
+
+    def y_hash(self, index: int) -> str:
+        return self._seen[index]
 
     def m6(self) -> bytes:
         if len(self._seen) != len(self.offer.cohort):

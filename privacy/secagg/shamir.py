@@ -70,6 +70,7 @@ def combine(shares: dict[int, bytes]) -> bytes:
     return total.tobytes()
 
 
+@functools.cache
 def _inverse(a: int) -> int:
     """a^254, the inverse of a public non-zero field element."""
     out = 1

@@ -49,7 +49,7 @@ class SiteSession:
         own = offer.cohort[index].certificate if index < self._n else ""
         if own != signer.fingerprint or len({m.certificate for m in offer.cohort}) != self._n:
             raise _abort("cohort", "The cohort does not list this site once under its own certificate.")
-        self.transcript = b""
+        self.transcript, self.masked = b"", ""
 
     def m1(self) -> bytes:
         """Answer to M0. The journal holds (run, round, attempt) durably before the key leaves."""
@@ -80,14 +80,20 @@ class SiteSession:
             raise self._drop(e) from e
         except ConsiloError as e:
             raise self._drop(_abort("identity", "A signature or certificate was refused.")) from e
+        except BaseException as e:  # a session that failed anywhere must never go on
+            raise self._drop(_abort("internal", f"The session failed with {type(e).__name__}.")) from e
         self._next, self._last = following, (stage, key, reply)
         return reply
 
     def _drop(self, error: Aborted) -> Aborted:
         self._next, self._last = "aborted", None
-        self.__dict__.pop("_b", None), self.__dict__.pop("_key", None)
-        self.__dict__.pop("_pair", None), self.__dict__.pop("_held", None)
+        self._forget()
         return error
+
+    def _forget(self) -> None:
+        """Python can't overwrite bytes; the secrets are dropped."""
+        for name in ("_b", "_key", "_pair", "_held"):
+            self.__dict__.pop(name, None)
 
     def _m1(self) -> bytes:
         o = self.offer
@@ -165,7 +171,7 @@ class SiteSession:
         shares = tuple((v, self._held[v][:SECRET]) for v in range(self._n))  # of b_v only: never of a pair secret
         joined = b"".join(s for _, s in shares)
         reply = dump(M9(index=u, shares=shares, signature=self.signer.sign(tr.signed_m9(self.transcript, u, joined))))
-        self._held, self._pair, self._b = {}, {}, b""
+        self._forget()
         return reply
 
 

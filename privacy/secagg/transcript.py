@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
-from privacy.contract import SUITE, Contract, Sha256, Suite, Terms
+from privacy.contract import SUITE, Contract, Name, Sha256, Suite, Terms
 from privacy.errors import Refused
 
 MAX_COHORT = 100
@@ -20,6 +20,7 @@ MAX_COHORT = 100
 
 class Member(Terms):
     index: int = Field(ge=0, lt=MAX_COHORT)
+    name: Name
     certificate: Sha256
 
 
@@ -49,7 +50,7 @@ class Offer(Terms):
 def offer(contract: Contract, *, round_no: int, attempt: int, dim: int, adapter: str) -> Offer:
     """The M0 that a contract implies. Coordinator and site both build it; the site compares."""
     s = contract.secagg
-    cohort = tuple(Member(index=i, certificate=site.signer) for i, site in enumerate(contract.sites))
+    cohort = tuple(Member(index=i, name=site.name, certificate=site.signer) for i, site in enumerate(contract.sites))
     return Offer(run=contract.run, round=round_no, attempt=attempt, cohort=cohort, threshold=s.threshold, dim=dim,
                  bits=s.bits, range=repr(s.range), base_model=contract.model.weights, adapter=adapter,
                  contract=contract.digest)

@@ -47,7 +47,7 @@ class Consortium:
         self.check = certificate_check(TrustStore.load(issued / "trust"))
 
     def offer(self, n: int, t: int, dim: int, **changes: object) -> tr.Offer:
-        cohort = tuple(tr.Member(index=i, certificate=self.signers[i].fingerprint) for i in range(n))
+        cohort = tuple(tr.Member(index=i, name=f"site{i}", certificate=self.signers[i].fingerprint) for i in range(n))
         base = {"run": "ab" * 16, "round": 1, "attempt": 0, "cohort": cohort, "threshold": t, "dim": dim, "bits": 24,
                 "range": "1.0", "base_model": "0" * 64, "adapter": "1" * 64, "contract": "2" * 64}
         return tr.Offer(**(base | changes))

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import Consortium, Journal, play
 
+from privacy import ca
+from privacy.canonical import canonical
 from privacy.errors import Aborted, ConsiloError, Refused
+from privacy.identity import FileSigner, Role, TrustStore
 from privacy.secagg import hybrid
 from privacy.secagg import transcript as tr
+from privacy.secagg.peers import certificate_check
 from privacy.secagg.site import SiteSession
 
 
@@ -58,7 +63,7 @@ def test_forged_message_aborts(consortium: Consortium, stage: str, change: str) 
             _flip_first_blob(value)
         else:
             value["extra"] = 1
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(ConsiloError):
         play(consortium, consortium.offer(4, 3, 50), vectors(4, 50), hook)
@@ -80,9 +85,10 @@ def _flip_first_blob(value: object) -> bool:
 def test_attack_certificate_and_keys_replaced(consortium: Consortium) -> None:
     """The coordinator puts its own (validly certified) site in the place of site 1."""
     offer = consortium.offer(4, 3, 10)
-    outsider = SiteSession(consortium.offer(4, 3, 10, cohort=tuple(
-        tr.Member(index=i, certificate=consortium.signers[5 if i == 1 else i].fingerprint) for i in range(4))),
-        index=1, n_c=1, signer=consortium.signers[5], check_certificate=consortium.check, journal=Journal())
+    members = tuple(tr.Member(index=i, name=f"site{k}", certificate=consortium.signers[k].fingerprint)
+                    for i, k in enumerate((0, 5, 2, 3)))
+    outsider = SiteSession(consortium.offer(4, 3, 10, cohort=members), index=1, n_c=1, signer=consortium.signers[5],
+                           check_certificate=consortium.check, journal=Journal())
     forged = json.loads(outsider.m1())
 
     def hook(at: str, who: int, data: bytes) -> bytes:
@@ -90,7 +96,7 @@ def test_attack_certificate_and_keys_replaced(consortium: Consortium) -> None:
             return data
         value = json.loads(data)
         value["keys"][1] = forged
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(Aborted, match=r"secagg\.peer"):
         play(consortium, offer, vectors(4, 10), hook)
@@ -104,7 +110,7 @@ def test_attack_ephemeral_key_replaced(consortium: Consortium) -> None:
             return data
         value = json.loads(data)
         value["keys"][1]["public"] = base64.b64encode(hybrid.HybridKey().public).decode()
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(Aborted, match=r"secagg\.identity"):
         play(consortium, consortium.offer(4, 3, 10), vectors(4, 10), hook)
@@ -116,7 +122,7 @@ def test_attack_single_survivor_named(consortium: Consortium) -> None:
             return data
         value = json.loads(data)
         value["survivors"] = value["survivors"][:1]
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(Aborted, match=r"secagg\.survivors"):
         play(consortium, consortium.offer(4, 3, 10), vectors(4, 10), hook)
@@ -133,7 +139,7 @@ def test_attack_understated_n(consortium: Consortium) -> None:
             return data
         value = json.loads(data)
         value["keys"] += more
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(Aborted, match=r"secagg\.key_list"):
         play(consortium, offer, vectors(4, 10), hook)
@@ -173,7 +179,7 @@ def test_attack_ciphertexts_swapped(consortium: Consortium) -> None:
         value = json.loads(data)
         (a, x), (b, y) = value["inbound"][0], value["inbound"][1]
         value["inbound"][:2] = [[a, y], [b, x]]
-        return json.dumps(value).encode()
+        return canonical(value)
 
     with pytest.raises(Aborted, match=r"secagg\.inbound"):
         play(consortium, consortium.offer(4, 3, 10), vectors(4, 10), hook)
@@ -216,3 +222,75 @@ def test_tampered_mlkem_ciphertext_aborts() -> None:
         with pytest.raises(Aborted, match=r"secagg\.ciphertext"):
             key.open(bytes(bad), b"info")
     assert key.open(bytes(sealed), b"info") == b"secret"
+
+
+def test_attack_one_organisation_fills_the_cohort_with_renewals(tmp_path: Path) -> None:
+    """One victim and three certificates of one key: without the check the sum is the victim's vector plus known ones."""
+    small = Consortium(tmp_path, 2)
+    renewed = []
+    for _ in range(2):
+        ca.issue(tmp_path / "ca", (tmp_path / "site1" / "request.json").read_bytes(), Role.SITE)
+        renewed.append(FileSigner(tmp_path / "site1" / "sign.key", tmp_path / "ca" / "issued" / "site1" / "sign.pem"))
+    small.signers += renewed
+    assert len({s.fingerprint for s in small.signers}) == 4
+    for names in ((0, 1, 2, 3), (0, 1, 1, 1)):  # invented names, and the certificate's own
+        cohort = tuple(tr.Member(index=i, name=f"site{k}", certificate=small.signers[i].fingerprint)
+                       for i, k in enumerate(names))
+        with pytest.raises(Aborted, match=r"secagg\.peer"):
+            play(small, small.offer(4, 3, 5, cohort=cohort), vectors(4, 5))
+
+
+def test_low_order_key_is_its_senders_fault(consortium: Consortium) -> None:
+    """The coordinator refuses it from its sender, so that honest sites don't abort and get the blame."""
+    from privacy.secagg.coordinator import CoordinatorSession
+    from privacy.secagg.messages import M1, dump, load
+
+    offer = consortium.offer(4, 3, 10)
+    sites, c = consortium.sites(offer), CoordinatorSession(offer, consortium.check)
+    m1 = load(M1, sites[3].m1())
+    bad = m1.public[:1184] + bytes(32)
+    forged = m1.model_copy(update={"public": bad, "signature": consortium.signers[3].sign(tr.signed_m1(offer.ctx, 3, bad))})
+    with pytest.raises(Aborted, match=r"secagg\.ciphertext"):
+        c.take_m1(3, dump(forged))
+
+
+def test_any_failure_ends_the_session_for_good(consortium: Consortium, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory right after masking: the same M4 must not mask the vector a second time."""
+    import privacy.secagg.site as module
+    from privacy.secagg.coordinator import CoordinatorSession
+
+    offer = consortium.offer(3, 3, 10)
+    sites, c = consortium.sites(offer), CoordinatorSession(offer, consortium.check)
+    for u, s in enumerate(sites):
+        c.take_m1(u, s.m1())
+    m2 = c.m2()
+    for u, s in enumerate(sites):
+        c.take_m3(u, s.m3(m2))
+    m4, real = c.m4(), module.prg.add_masks
+
+    def full(vector: np.ndarray, masks: object) -> None:
+        real(vector, masks)  # type: ignore[arg-type]
+        raise MemoryError
+
+    with monkeypatch.context() as m:
+        m.setattr(module.prg, "add_masks", full)
+        with pytest.raises(Aborted, match=r"secagg\.internal"):
+            sites[0].m5(m4[0], np.zeros(10, np.uint32))
+    with pytest.raises(Aborted):
+        sites[0].m5(m4[0], np.zeros(10, np.uint32))
+    assert not {"_b", "_key", "_pair", "_held"} & sites[0].__dict__.keys(), "secrets are dropped"
+
+
+def test_no_revocation_list_is_no_trust(tmp_path: Path) -> None:
+    Consortium(tmp_path, 1)
+    (tmp_path / "ca" / "crl-site.pem").unlink()
+    with pytest.raises(Refused, match=r"identity\.crl_missing"):
+        certificate_check(TrustStore.load(tmp_path / "ca"))
+
+
+def test_a_message_has_one_encoding(consortium: Consortium) -> None:
+    def hook(at: str, who: int, data: bytes) -> bytes:
+        return json.dumps(json.loads(data), indent=1).encode() if (at, who) == ("m2", 0) else data
+
+    with pytest.raises(Aborted, match=r"secagg\.message"):
+        play(consortium, consortium.offer(3, 3, 10), vectors(3, 10), hook)
