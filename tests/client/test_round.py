@@ -1,0 +1,250 @@
+"""A site's round against a coordinator that deviates: real contract, certificates, ledger and journal; a stub trainer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fl_client.app import StageRefused
+from fl_client.journal import SiteJournal
+from fl_client.policy import SitePolicy, accept
+from fl_client.round import SiteRound
+from privacy import ca, stages
+from privacy.canonical import canonical
+from privacy.contract import Contract, load_contract
+from privacy.errors import Refused, SiteCode
+from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.ledger import Ledger, check_extract
+from privacy.secagg import transcript as tr
+from privacy.secagg.messages import dump
+from privacy.secagg.peers import certificate_check
+from strategies.adapter import AdapterSpec, adapter_digest, initial
+
+SPEC = AdapterSpec((("m.lora_A.weight", (2, 6)), ("m.lora_B.weight", (6, 2)), ("head.weight", (3, 6)), ("head.bias", (3,))),
+                   frozenset({"m.lora_B.weight", "head.weight", "head.bias"}))
+POLICY = SitePolicy(approver="test", max_epsilon=8.0)
+Handlers = dict[str, Callable[..., Any]]
+
+
+class StubTrainer:
+    """Counts what it was asked for; the vector is not the point here."""
+
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self.rounds = 0
+
+    def train(self, adapter: Any) -> Any:
+        self.rounds += 1
+        return np.full(SPEC.dim, 0.25, np.float32)
+
+
+class Site:
+    """One site of three with its real files; `restart` is a new process on the same ones."""
+
+    def __init__(self, folder: Path, trust_none: bool = False, rounds: int = 3, retries: int = 1) -> None:
+        self.folder = folder
+        ca.init(folder / "ca", "Test")
+        self.signers = []
+        for i in range(3):
+            ca.issue(folder / "ca", create_request(folder / f"s{i}", f"s{i}", f"Hospital {i}"), Role.SITE)
+            self.signers.append(FileSigner(folder / f"s{i}" / "sign.key", folder / "ca" / "issued" / f"s{i}" / "sign.pem"))
+        privacy = {"rounds": rounds, "retries": retries} | ({"trust": "none", "epsilon": None} if trust_none else {})
+        self.contract = load_contract(canonical({
+            "run": "ab" * 16, "purpose": "test", "code_version": "0", "model": {"weights": "0" * 64, "tokenizer": "1" * 64},
+            "data": {"name": "d", "labels": ["a", "b", "c"]}, "lora": {}, "rule": {}, "privacy": privacy,
+            "secagg": {"threshold": 3, "range": 10.0},
+            "sites": [{"name": f"s{i}", "signer": s.fingerprint, "n_decl": 100, "delta": 1e-5,
+                       "sigma": 0.0 if trust_none else 1.0} for i, s in enumerate(self.signers)]}))
+        self.ledger: Ledger | None = None if trust_none else Ledger.create(
+            folder / "ledger.jsonl", self.signers[0], lineage="cd" * 16, unit="record", adjacency="add_remove", delta=1e-5,
+            cap=8.0)
+        self.trainer, self.journal = StubTrainer(), SiteJournal(folder / "rounds.jsonl")
+        self.adapter = initial(SPEC, self.contract.lora.seed)
+        self.handlers = self._handlers()
+
+    def _handlers(self) -> Handlers:
+        self.round = SiteRound(self.contract, "s0", trainer=self.trainer, policy=POLICY, signer=self.signers[0],
+                         check_certificate=certificate_check(TrustStore.load(self.folder / "ca")), journal=self.journal,
+                               ledger=self.ledger)
+        return self.round.handlers()
+
+    def restart(self) -> None:
+        self.journal.close()
+        self.journal = SiteJournal(self.folder / "rounds.jsonl")
+        if self.ledger:
+            self.ledger.close()
+            self.ledger = Ledger.open(self.folder / "ledger.jsonl", self.signers[0])
+        self.handlers = self._handlers()
+
+    def offer(self, round_no: int = 1, attempt: int = 0, **changes: Any) -> bytes:
+        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, dim=SPEC.dim, adapter=adapter_digest(self.adapter))
+        return dump(made.model_copy(update=changes))
+
+    def update(self, body: bytes, adapter: Any = None) -> bytes:
+        vector = SPEC.pack(self.adapter if adapter is None else adapter)
+        return bytes(self.handlers["train.update"](body, {"adapter": vector})[0])
+
+    def refusal(self, body: bytes, adapter: Any = None) -> SiteCode:
+        before = self.ledger.head if self.ledger else None
+        with pytest.raises(StageRefused) as caught:
+            self.update(body, adapter)
+        assert (self.ledger.head if self.ledger else None) == before, "a refusal spends nothing"
+        return caught.value.code
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value", "code"), [
+    ("run", "cd" * 16, SiteCode.CONTRACT), ("threshold", 2, SiteCode.CONTRACT), ("dim", 7, SiteCode.CONTRACT),
+    ("bits", 8, SiteCode.CONTRACT), ("range", "1000.0", SiteCode.CONTRACT), ("w_cap", "2.0", SiteCode.CONTRACT),
+    ("contract", "9" * 64, SiteCode.CONTRACT), ("base_model", "9" * 64, SiteCode.MODEL), ("adapter", "9" * 64, SiteCode.ADAPTER),
+    ("round", 4, SiteCode.CONTRACT), ("attempt", 2, SiteCode.CONTRACT)])
+def test_attack_offer_with_each_field_changed(site: Site, field: str, value: Any, code: SiteCode) -> None:
+    assert site.refusal(site.offer(**{field: value})) is code
+    assert site.trainer.rounds == 0
+
+
+def test_attack_smaller_cohort_or_another_member(site: Site) -> None:
+    cohort = tr.offer(site.contract, round_no=1, attempt=0, dim=1, adapter="0" * 64).cohort
+    other = cohort[1].model_copy(update={"certificate": "8" * 64})
+    for members in (cohort[:2], cohort[:1], (cohort[0], other, cohort[2]), cohort[::-1]):
+        assert site.refusal(site.offer(cohort=members)) is SiteCode.CONTRACT
+
+
+def test_attack_another_model_to_one_site(site: Site) -> None:
+    """The adapter's bytes differ from the digest that all sites see."""
+    changed = {k: v.copy() for k, v in site.adapter.items()}
+    changed["head.bias"][0] = 1.0
+    assert site.refusal(site.offer(), changed) is SiteCode.ADAPTER
+
+
+def test_attack_unsynchronised_frozen_a(site: Site) -> None:
+    """The coordinator gives this site another A, digest and all."""
+    site.adapter = {k: v.copy() for k, v in site.adapter.items()}
+    site.adapter["m.lora_A.weight"][0, 0] += 1e-3
+    assert site.refusal(site.offer()) is SiteCode.ADAPTER
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"\xff", b'{"a":1,"a":2}', b'{"_target_":"os.system"}'])
+def test_malformed_offer(site: Site, body: bytes) -> None:
+    assert site.refusal(body) is SiteCode.BAD_MESSAGE
+
+
+@pytest.mark.parametrize("vector", [np.zeros(3, np.float32), np.zeros(SPEC.size, np.uint32),
+                                    np.full(SPEC.size, np.nan, np.float32)])
+def test_malformed_adapter(site: Site, vector: Any) -> None:
+    with pytest.raises(StageRefused) as caught:
+        site.handlers["train.update"](site.offer(), {"adapter": vector})
+    assert caught.value.code is SiteCode.ADAPTER
+
+
+def test_redelivered_offer_gets_the_stored_bytes_and_no_second_charge(site: Site) -> None:
+    first = site.update(site.offer())
+    assert site.update(site.offer()) == first
+    assert site.trainer.rounds == 1
+    assert len(site.ledger.summary().reserves) == 1  # type: ignore[union-attr]
+
+
+def test_attack_round_replayed(site: Site) -> None:
+    first = site.offer(1, 0)
+    site.update(first)
+    site.update(site.offer(1, 1))
+    assert site.refusal(first) is SiteCode.STALE_ROUND
+    site.restart()
+    assert site.refusal(first) is SiteCode.STALE_ROUND
+    assert site.refusal(site.offer(1, 1)) is SiteCode.STALE_ROUND
+
+
+def test_restart_between_reserve_and_send_stays_spent(site: Site) -> None:
+    """Killed in training: the attempt is charged, and is never begun again."""
+    def die(adapter: Any) -> Any:
+        raise KeyboardInterrupt
+
+    site.trainer.train = die  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        site.update(site.offer())
+    site.trainer = StubTrainer()
+    site.restart()
+    assert [(r.round, r.attempt) for r in site.ledger.summary().reserves] == [(1, 0)]  # type: ignore[union-attr]
+    assert site.refusal(site.offer()) is SiteCode.FAILED, "the ledger refuses the same attempt"
+    assert site.trainer.rounds == 0
+
+
+@pytest.mark.parametrize("trust_none", [False, True])
+def test_attack_more_attempts_than_the_contract_has(tmp_path: Path, trust_none: bool) -> None:
+    site = Site(tmp_path, trust_none=trust_none, rounds=2, retries=1)
+    for slot in ((1, 0), (1, 1), (2, 0)):
+        site.update(site.offer(*slot))
+    site.restart()
+    assert site.refusal(site.offer(2, 1)) is SiteCode.BUDGET
+    assert site.trainer.rounds == 3
+
+
+def test_stages_out_of_order(site: Site) -> None:
+    for stage in ("shares", "masked", "unmask"):
+        with pytest.raises(StageRefused) as caught:
+            site.handlers[f"train.{stage}"](b"{}", {})
+        assert caught.value.code is SiteCode.STALE_ROUND
+
+
+def test_abort_drops_the_update_and_the_session(site: Site) -> None:
+    site.update(site.offer())
+    with pytest.raises(StageRefused) as caught:
+        site.handlers["train.shares"](b"{}", {})
+    assert caught.value.code is SiteCode.SECAGG
+    with pytest.raises(StageRefused) as caught:
+        site.handlers["train.shares"](b"{}", {})
+    assert caught.value.code is SiteCode.STALE_ROUND
+    assert site.round._encoded.size == 0
+
+
+def test_closing_says_the_same_however_often_it_is_asked(site: Site) -> None:
+    site.update(site.offer())
+    ask = stages.dump(stages.Ask(contract=site.contract.digest))
+    first = site.handlers["query.closing"](ask, {})[0]
+    site.restart()
+    again = json.loads(site.handlers["query.closing"](ask, {})[0])
+    assert again["ledger"] == json.loads(first)["ledger"]
+    summary = check_extract(again["ledger"].encode(), site.signers[0].certificate)
+    assert len(summary.closes) == 1
+    assert site.refusal(site.offer(2)) is SiteCode.FAILED, "a closed run charges nothing more"
+
+
+def test_asked_about_another_contract(site: Site) -> None:
+    for stage in ("accept", "closing"):
+        with pytest.raises(StageRefused) as caught:
+            site.handlers[f"query.{stage}"](stages.dump(stages.Ask(contract="9" * 64)), {})
+        assert caught.value.code is SiteCode.CONTRACT
+
+
+def test_a_private_contract_needs_a_ledger(site: Site) -> None:
+    site.ledger = None
+    with pytest.raises(Refused, match=r"ledger\.missing"):
+        site._handlers()
+
+
+def _weights(contract: Contract, *weights: float) -> Contract:
+    sites = tuple(s.model_copy(update={"weight": w}) for s, w in zip(contract.sites, weights, strict=True))
+    return contract.model_copy(update={"sites": sites})
+
+
+def test_attack_weights_that_unmask_one_site(site: Site) -> None:
+    with pytest.raises(Refused, match=r"policy\.weights"):
+        accept(_weights(site.contract, 1.0, 1e-9, 1e-9), "s0", POLICY)
+    with pytest.raises(Refused, match=r"policy\.weights"):
+        accept(_weights(site.contract, 1.0, 0.099, 1.0), "s0", POLICY)
+
+
+def test_attack_contract_whose_noise_does_not_keep_its_epsilon(site: Site) -> None:
+    with pytest.raises(Refused, match=r"contract\.epsilon"):
+        accept(site.contract.model_copy(update={"privacy": site.contract.privacy.model_copy(update={"epsilon": 0.1})}),
+               "s0", POLICY)
