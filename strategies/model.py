@@ -77,7 +77,9 @@ class TextClassifier:
     def __init__(self, folder: Path, model: ModelTerms, lora: LoraTerms, classes: int) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self.terms = model
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         base = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
@@ -131,9 +133,9 @@ class TextClassifier:
                 p.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
 
     def encode(self, texts: Sequence[str]) -> Batch:
-        """Tokenise one text or more to the contract's length and run the frozen lower layers once, in batches of one fixed shape.
+        """Tokenise at least one text to the contract's length and run the frozen lower layers once.
 
-        So no bit of a record's `hidden` depends on how many others there are.
+        Batches have one fixed shape, so no bit of a record's `hidden` depends on how many others there are.
         """
         import torch
 
