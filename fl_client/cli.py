@@ -41,7 +41,9 @@ def run_command(
     """Accept the contract against this site's policy, then serve the coordinator until stopped."""
     from conf import load_settings
     from fl_client.agent import Agent
+    from privacy import guard
 
+    guard.check()
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("consilo").setLevel(logging.INFO)
     stop = threading.Event()

@@ -39,7 +39,9 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
     """Listen for the contract's sites, run its rounds, write adapter, metrics, evidence and report."""
     from conf import load_settings
     from fl_server.serve import serve
+    from privacy import guard
 
+    guard.check()
     metrics = serve(load_settings(overrides or []), plain=as_json)
     cli_edge.emit(metrics, as_json, "")
 

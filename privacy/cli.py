@@ -138,11 +138,13 @@ def verify_command(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help
 def report_command(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of a run's evidence.",
                                                           show_default=False)],
                    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the report goes.")],
+                   ca: Annotated[str | None, typer.Option("--ca", metavar="SHA256",
+                                                          help="Fingerprint of the consortium's root.")] = None,
                    as_json: Json = False) -> None:
     """Write the report of a run: one HTML file, and JSON beside it."""
     from privacy.report import write_report
 
-    page = write_report(bundle, out)
+    page = write_report(bundle, out, ca=ca)
     emit({"report": str(page)}, as_json, f"Report: {page}")
 
 

@@ -19,8 +19,10 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.
 def demo_command(overrides: Overrides = None,
                  out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("outputs/demo")) -> None:
     """Four hospitals and a coordinator as real processes over mutual TLS on loopback."""
+    from privacy import guard
     from simulations.demo import demo
 
+    guard.check()
     demo(out, overrides or [], typer.echo)
 
 

@@ -161,7 +161,7 @@ def test_verify_exits_0_on_pass_only(call, monkeypatch, tmp_path, verdict, want)
 
 def test_report_writes_where_it_is_told(call, monkeypatch, tmp_path):
     stub = types.ModuleType("privacy.report")
-    stub.write_report = lambda bundle, out: out / "report.html"
+    stub.write_report = lambda bundle, out, ca=None: out / "report.html"
     monkeypatch.setitem(sys.modules, "privacy.report", stub)
     code, out = call("report", "bundle", "--out", str(tmp_path), "--json")
     assert (code, out) == (0, {"report": str(tmp_path / "report.html")})
