@@ -30,7 +30,7 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             value = OmegaConf.to_container(compose("config", [_open(o) for o in overrides]), resolve=False)
-    except HydraException as e:
+    except (HydraException, ValueError) as e:  # ValueError: a group chosen by a number
         raise _override(e, overrides) from e
     _refuse_code(value)
     return validate(Settings, value)
@@ -67,7 +67,7 @@ def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
             return UsageError("config.override", f"There is no {key}={chosen}.",
                               nearest(chosen, [f.stem for f in group.glob("*.yaml")]))
         known = _known_keys()
-        if "." in key and key not in known and key.split(".")[-1] in str(error):
+        if key and key not in known and key.split(".")[-1] in str(error):
             return UsageError("config.override", f"The override {key!r} is not understood.", nearest(key, known))
     return UsageError("config.override", "The overrides are not understood.", "Write them as group=name or key=value.")
 

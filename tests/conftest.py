@@ -8,6 +8,7 @@ changed by keyword: `tiny_contract(privacy={"q": 1.0}, sites=("site-a",))`.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import pytest
 
 from privacy import __version__
 from privacy.contract import Contract, load_contract
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a tiny model's threads only wait for each other; inherited by processes
 
 RULE = {"heart": ("pulse", "chest", "flutter", "valve"), "lung": ("cough", "breath", "wheeze", "air"),
         "skin": ("rash", "itch", "blister", "mole")}
