@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.machinery import PathFinder
 from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
 
 from privacy.errors import Refused
@@ -27,7 +27,7 @@ def check() -> None:
         others = sorted(set(owners.get(name, ())) - {DISTRIBUTION})
         if others:
             raise _shadowed(name, f"also belongs to the distribution {others[0]}")
-        found = PathFinder.find_spec(name)
+        found = find_spec(name)
         origin = Path(found.origin).resolve().parent if found and found.origin else None
         if origin != home / name:
             raise _shadowed(name, f"is found at {origin or 'no place'} first")
