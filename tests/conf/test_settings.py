@@ -148,6 +148,7 @@ def test_target_is_refused_and_never_called(override: str, monkeypatch: pytest.M
         monkeypatch.setattr(os, name, lambda *a, **k: pytest.fail("called"))
     error = refusal(override)
     assert error.code == "config.unknown_key"
+    assert "code to run" in error.cause
 
 
 @pytest.mark.parametrize("overrides", [["model=local"], ["model=local", "model.name=x"], ["data=files"], ["purpose=???"],

@@ -76,12 +76,14 @@ def test_encoding_again_after_training_starts_from_the_base(tiny_model: Path) ->
 
 
 def test_no_bit_of_an_encoding_depends_on_the_other_records(tiny_model: Path) -> None:
-    made = classifier(tiny_model)
+    made, shapes = classifier(tiny_model), set()
+    made.peft.register_forward_pre_hook(lambda _, args, given: shapes.add(given["input_ids"].shape), with_kwargs=True)
     alone = made.encode(TEXTS[2:3]).hidden
     for n in (1, ENCODE_BATCH - 1, ENCODE_BATCH, ENCODE_BATCH + 3):
         batch = made.encode([*["a rash"] * n, TEXTS[2]])
         assert len(batch.hidden) == n + 1
         assert torch.equal(batch.hidden[-1:], alone)
+    assert shapes == {(ENCODE_BATCH, 16)}, "float sums depend on a batch's shape"
 
 
 def test_layers_count_from_the_top_when_negative(tiny_model: Path) -> None:
