@@ -106,7 +106,8 @@ def site(tmp_path: Path) -> Site:
 @pytest.mark.parametrize(("field", "value", "code"), [
     ("run", "cd" * 16, SiteCode.CONTRACT), ("threshold", 2, SiteCode.CONTRACT), ("dim", 7, SiteCode.CONTRACT),
     ("bits", 8, SiteCode.CONTRACT), ("range", "1000.0", SiteCode.CONTRACT), ("w_cap", "2.0", SiteCode.CONTRACT),
-    ("contract", "9" * 64, SiteCode.CONTRACT), ("base_model", "9" * 64, SiteCode.MODEL), ("adapter", "9" * 64, SiteCode.ADAPTER),
+    ("contract", "9" * 64, SiteCode.CONTRACT), ("base_model", "9" * 64, SiteCode.MODEL),
+    ("adapter", "9" * 64, SiteCode.ADAPTER),
     ("round", 4, SiteCode.CONTRACT), ("attempt", 2, SiteCode.CONTRACT)])
 def test_attack_offer_with_each_field_changed(site: Site, field: str, value: Any, code: SiteCode) -> None:
     assert site.refusal(site.offer(**{field: value})) is code

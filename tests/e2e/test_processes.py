@@ -55,8 +55,12 @@ def test_demo_on_real_processes(overrides: Make, tmp_path: Path) -> None:
         assert tool("privacy.cli", "verify", str(out / "evidence"), *ca).returncode == 1
     status = json.loads(tool("fl_server.cli", "status", str(out), "--json").stdout.splitlines()[-1])
     assert (status["state"], status["rounds_done"], status["void"]) == ("done", 2, [])
+    everything = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     for key in out.rglob("*.key"):
         assert key.stat().st_mode & 0o077 == 0, key
+        body = b"".join(key.read_bytes().splitlines()[1:-1])
+        secret = body[50:85] if len(body) > 64 else body[24:60]  # inside the private value of P-256, of Ed25519
+        assert [f for f, data in everything.items() if secret in data] == [key], "a private key is nowhere else"
 
 
 def test_a_killed_site_voids_its_rounds_and_the_run_ends_with_code_5(overrides: Make, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def test_sigma_is_calibrated_over_rounds_and_retries(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("override", "code"), [
-    ("privacy.epsilon=0", "config.invalid"), ("privacy.epsilon=-1", "config.invalid"), ("privacy.epsilon=null", "config.invalid"),
+    ("privacy.epsilon=0", "config.invalid"), ("privacy.epsilon=-1", "config.invalid"),
+    ("privacy.epsilon=null", "config.invalid"),
     ("privacy.delta=0.5", "dp.parameter"), ("privacy.delta=0.001", "dp.parameter"), ("privacy.sigma=0", "config.invalid"),
     ("privacy.clip=nan", "config.invalid"), ("privacy.clip=0", "config.invalid"), ("privacy.q=0", "config.invalid"),
     ("privacy.q=1.5", "config.invalid"), ("privacy.sampler=shuffle", "dp.unsupported"),
