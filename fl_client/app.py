@@ -21,7 +21,8 @@ from privacy.errors import SiteCode, UsageError
 log = logging.getLogger("consilo.app")
 
 Vector = NDArray[np.float32] | NDArray[np.uint32]
-Handler = Callable[[bytes, dict[str, Vector]], tuple[bytes, Mapping[str, Vector]]]
+Reply = tuple[bytes, Mapping[str, Vector]]
+Handler = Callable[[bytes, dict[str, Vector]], Reply]
 
 MAX_BODY_BYTES = 4 * 2**20
 MAX_VECTOR_BYTES = 512 * 2**20  # all vectors of one note

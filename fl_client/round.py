@@ -7,39 +7,34 @@ the stored reply; nothing is ever computed twice.
 
 from __future__ import annotations
 
-import hashlib
-import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fl_client.app import Handler, Reply, StageRefused, Vector
 from fl_client.journal import SiteJournal
-from fl_client.link import Handler, StageRefused, Vector
 from fl_client.policy import SitePolicy
+from fl_client.replies import Replies
+from fl_client.statements import SiteStatements
 from fl_client.training import Trainer
 from privacy import stages
-from privacy.canonical import decimal, labelled_hash, parse
+from privacy.canonical import parse
 from privacy.contract import Contract, Terms, validate
-from privacy.errors import Aborted, ConsiloError, Refused, SiteCode, UsageError
+from privacy.errors import Refused, SiteCode, UsageError
 from privacy.identity import Signer
-from privacy.ledger import Ledger, check_extract
+from privacy.ledger import Ledger
 from privacy.secagg import transcript as tr
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import CheckCertificate
 from privacy.secagg.plain import PlainSite
 from privacy.secagg.site import SiteSession
-from privacy.statements import make
 from strategies.adapter import adapter_digest, initial
 
-log = logging.getLogger("consilo.round")
-Reply = tuple[bytes, Mapping[str, Vector]]
 B = TypeVar("B", bound=Terms)
 Update = NDArray[np.float32]
 NOTHING: NDArray[np.uint32] = np.zeros(0, np.uint32)
-CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
-         "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
 
 
 class SiteRound:
@@ -58,7 +53,8 @@ class SiteRound:
         self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
         self._session: SiteSession | PlainSite | None = None
         self._encoded: NDArray[np.uint32] = NOTHING
-        self._stored: dict[str, tuple[bytes, Reply]] = {}
+        self._replies = Replies(on_abort=self._drop_round)
+        self._statements = SiteStatements(contract, site, signer, ledger)
         if self._mechanism.private and ledger is None:
             raise Refused("ledger.missing", "A private contract needs a ledger.", "Open the site's ledger first.")
 
@@ -66,15 +62,11 @@ class SiteRound:
         """By message type, for `build_app`."""
         work = {"query.accept": self._accept, "train.update": self._update, "train.shares": self._shares,
                 "train.masked": self._masked, "train.unmask": self._unmask, "query.closing": self._closing}
-        return {name: self._once(name, handler) for name, handler in work.items()}
+        return {name: self._replies.once(name, handler) for name, handler in work.items()}
 
     def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
         self._asked(body)
-        lineage = (self._ledger.lineage, decimal(self._ledger.cap)) if self._ledger else ("", "")
-        statement = self._state("acceptance", ("contract", self.contract.digest), {
-            "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._terms.delta),
-            "trust": self.contract.privacy.trust, "approver": self._policy.approver, "policy": self._policy.digest})
-        return stages.dump(stages.Acceptance(statement=statement)), {}
+        return stages.dump(stages.Acceptance(statement=self._statements.acceptance(self._policy))), {}
 
     def _update(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
         """M0 and the adapter in, M1 out; in between the charge, the training and the encoding."""
@@ -107,30 +99,14 @@ class SiteRound:
 
     def _unmask(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
         session = self._live()
-        m9, offer, m = session.m9(body), self._offer, self._mechanism
-        head, epsilon = (0, ""), ""
-        if self._ledger:
-            head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
-        statement = self._state("round-site", ("transcript", session.transcript.hex() or session.masked), {
-            "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter,
-            "transcript": session.transcript.hex(), "masked": session.masked, "q": decimal(m.q),
-            "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl,
-            "ledger_seq": head[0], "ledger_head": head[1], "epsilon": epsilon})
+        m9 = session.m9(body)
+        statement = self._statements.round(self._offer, session.transcript, session.masked)
         self._session = None
         return stages.dump(stages.Unmasked(m9=m9.decode(), statement=statement)), {}
 
     def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
         self._asked(body)
-        if self._ledger is None:
-            return stages.dump(stages.Closed(statement="", ledger="")), {}
-        if not any(c.run == self.contract.run for c in self._ledger.summary().closes):
-            self._ledger.close_run(self.contract.run)
-        extract = self._ledger.extract(self.contract.run)  # ends with the closing record, however often it is asked for
-        end = check_extract(extract, self._signer.certificate)
-        statement = self._state("closing", ("ledger", hashlib.sha256(extract).hexdigest()), {
-            "lineage": end.lineage, "records": end.head.seq + 1, "ledger_seq": end.head.seq,
-            "ledger_head": end.head.hash, "epsilon": end.closes[-1].head_epsilon, "delta": decimal(end.delta),
-            "cap": decimal(end.cap)})
+        statement, extract = self._statements.closing()
         return stages.dump(stages.Closed(statement=statement, ledger=extract.decode())), {}
 
     def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> Update:
@@ -169,7 +145,7 @@ class SiteRound:
     def _drop_round(self) -> None:
         """Forget the attempt: its session, its update and its replies (those to queries stay)."""
         self._session, self._encoded = None, NOTHING
-        self._stored = {name: stored for name, stored in self._stored.items() if name.startswith("query.")}
+        self._replies.forget("train.")
 
     def _live(self) -> SiteSession | PlainSite:
         if self._session is None:
@@ -179,29 +155,6 @@ class SiteRound:
     def _asked(self, body: bytes) -> None:
         if _load(stages.Ask, body).contract != self.contract.digest:
             raise StageRefused(SiteCode.CONTRACT)
-
-    def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, str | int]) -> str:
-        common = {"site": self.site, "run": self.contract.run, "contract": self.contract.digest}
-        return make(self._signer, f"urn:consilo:{kind}:1", [subject], common | predicate).decode()
-
-    def _once(self, name: str, handler: Handler) -> Handler:
-        def run(body: bytes, arrays: dict[str, Vector]) -> Reply:
-            parts = [p for array_name in sorted(arrays) for p in (array_name, arrays[array_name].tobytes())]
-            key = labelled_hash("consilo stage", name, body, *parts)
-            if name in self._stored and self._stored[name][0] == key:
-                return self._stored[name][1]
-            try:
-                reply = handler(body, arrays)
-            except ConsiloError as e:
-                log.error("%s refused here: %s", name, e)
-                if isinstance(e, Aborted):
-                    self._drop_round()
-                fallback = SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED
-                raise StageRefused(CODES.get(e.code, fallback)) from e
-            self._stored[name] = (key, reply)
-            return reply
-
-        return run
 
 
 def _load(model: type[B], body: bytes) -> B:

@@ -83,7 +83,8 @@ class Site:
         self.handlers = self._handlers()
 
     def offer(self, round_no: int = 1, attempt: int = 0, **changes: Any) -> bytes:
-        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, dim=SPEC.dim, adapter=adapter_digest(self.adapter))
+        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, dim=SPEC.dim,
+                        adapter=adapter_digest(self.adapter))
         return dump(made.model_copy(update=changes))
 
     def update(self, body: bytes, adapter: Any = None) -> bytes:

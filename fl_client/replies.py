@@ -1,0 +1,50 @@
+"""What a site answers, and answers again: stored replies, and the code that stands for each local error."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fl_client.app import Handler, Reply, StageRefused, Vector
+from privacy.canonical import labelled_hash
+from privacy.errors import Aborted, ConsiloError, SiteCode
+
+log = logging.getLogger("consilo.round")
+CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
+         "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
+
+
+class Replies:
+    """A byte-identical repetition of a stage's message gets the stored reply; nothing is computed twice for it.
+
+    on_abort: called when a handler raises Aborted, before the refusal leaves.
+    """
+
+    def __init__(self, on_abort: Callable[[], None]) -> None:
+        self._stored: dict[str, tuple[bytes, Reply]] = {}
+        self._on_abort = on_abort
+
+    def forget(self, prefix: str) -> None:
+        """Drop the replies to stages whose name begins so."""
+        self._stored = {name: stored for name, stored in self._stored.items() if not name.startswith(prefix)}
+
+    def once(self, name: str, handler: Handler) -> Handler:
+        """The handler with stored replies, its errors turned into `StageRefused`; the error itself stays in the log."""
+
+        def run(body: bytes, arrays: dict[str, Vector]) -> Reply:
+            parts = [p for array_name in sorted(arrays) for p in (array_name, arrays[array_name].tobytes())]
+            key = labelled_hash("consilo stage", name, body, *parts)
+            if name in self._stored and self._stored[name][0] == key:
+                return self._stored[name][1]
+            try:
+                reply = handler(body, arrays)
+            except ConsiloError as e:
+                log.error("%s refused here: %s", name, e)
+                if isinstance(e, Aborted):
+                    self._on_abort()
+                fallback = SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED
+                raise StageRefused(CODES.get(e.code, fallback)) from e
+            self._stored[name] = (key, reply)
+            return reply
+
+        return run

@@ -1,0 +1,54 @@
+"""What a site signs about itself: acceptance of a contract, each round, the end of the run (docs/evidence-format.md)."""
+
+from __future__ import annotations
+
+import hashlib
+
+from fl_client.policy import SitePolicy
+from privacy.canonical import decimal
+from privacy.contract import Contract
+from privacy.identity import Signer
+from privacy.ledger import Ledger, check_extract
+from privacy.secagg import transcript as tr
+from privacy.statements import make
+
+
+class SiteStatements:
+    """Envelopes of one site under one contract. ledger: None exactly when trust is none."""
+
+    def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None) -> None:
+        self._contract, self._site, self._signer, self._ledger = contract, site, signer, ledger
+        self._mechanism = contract.mechanism(site)
+
+    def acceptance(self, policy: SitePolicy) -> str:
+        lineage = (self._ledger.lineage, decimal(self._ledger.cap)) if self._ledger else ("", "")
+        return self._make("acceptance", ("contract", self._contract.digest), {
+            "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._mechanism.delta),
+            "trust": self._contract.privacy.trust, "approver": policy.approver, "policy": policy.digest})
+
+    def round(self, offer: tr.Offer, transcript: bytes, masked: str) -> str:
+        """transcript: T3, or b"" without secure aggregation. masked: hex H(y)."""
+        m, head, epsilon = self._mechanism, (0, ""), ""
+        if self._ledger:
+            head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
+        return self._make("round-site", ("transcript", transcript.hex() or masked), {
+            "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter, "transcript": transcript.hex(),
+            "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
+            "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1], "epsilon": epsilon})
+
+    def closing(self) -> tuple[str, bytes]:
+        """(envelope, ledger extract), both empty without a ledger. The first call closes the run; all say the same."""
+        if self._ledger is None:
+            return "", b""
+        if not any(c.run == self._contract.run for c in self._ledger.summary().closes):
+            self._ledger.close_run(self._contract.run)
+        extract = self._ledger.extract(self._contract.run)  # ends with the closing record
+        end = check_extract(extract, self._signer.certificate)
+        return self._make("closing", ("ledger", hashlib.sha256(extract).hexdigest()), {
+            "lineage": end.lineage, "records": end.head.seq + 1, "ledger_seq": end.head.seq,
+            "ledger_head": end.head.hash, "epsilon": end.closes[-1].head_epsilon, "delta": decimal(end.delta),
+            "cap": decimal(end.cap)}), extract
+
+    def _make(self, kind: str, subject: tuple[str, str], predicate: dict[str, str | int]) -> str:
+        common = {"site": self._site, "run": self._contract.run, "contract": self._contract.digest}
+        return make(self._signer, f"urn:consilo:{kind}:1", [subject], common | predicate).decode()
