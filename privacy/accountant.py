@@ -42,11 +42,12 @@ Array = NDArray[np.floating]
 @dataclass(frozen=True)
 class Release:
     """`steps` releases of a Gaussian with noise multiplier `sigma` (relative to the clip norm) on a Poisson sample
-    with probability `q`. Raises UsageError `dp.parameter`."""
+    with probability `q`; a privacy unit owns up to `group` of the sampled items. Raises UsageError `dp.parameter`."""
 
     q: float
     sigma: float
     steps: int
+    group: int = 1
 
     def __post_init__(self) -> None:
         checks = (("q", self.q, 0 < self.q <= 1, "in (0, 1]"),

@@ -58,9 +58,21 @@ class RuleTerms(Terms):
     local_lr: float = Field(1.0, gt=0)
 
 
+class Phase(Terms):
+    """Rounds with a sampling probability and noise of their own. noise: factor on every site's sigma."""
+
+    rounds: int = Field(ge=1)
+    q: float = Field(gt=0, le=1)
+    noise: float = Field(1.0, gt=0)
+
+
 class PrivacyTerms(Terms):
     trust: Literal["local", "none"] = "local"
     unit: str = "record"
+    sampled: str = Field("record", description="what is sampled and clipped: records, or whole persons")
+    k_max: int | None = Field(None, ge=1, description="most records of a person, where the unit is a person and records "
+                              "are sampled; which ones is fixed for the life of the lineage")
+    draws: int = Field(1, ge=1, description="m: records drawn of a sampled person in each step")
     adjacency: str = "add_remove"
     sampler: str = "poisson"
     q: float = Field(0.5, gt=0, le=1)
@@ -69,6 +81,7 @@ class PrivacyTerms(Terms):
     rounds: int = Field(20, ge=1)
     retries: int = Field(1, ge=0, description="void rounds that the schedule can pay for")
     local_steps: int = Field(1, ge=1)
+    schedule: tuple[Phase, ...] = Field((), max_length=16, description="public phases, in order; none: all rounds alike")
     physical_batch: int = Field(128, ge=1, description="records in memory at a time; does not change the result")
 
 
@@ -108,9 +121,17 @@ class Contract(Terms):
         names = [s.name for s in self.sites]
         if len(set(names)) != len(names) or len({s.signer for s in self.sites}) != len(names):
             raise ValueError("two sites share a name or a certificate")
+        planned = self.privacy.schedule
+        if planned and sum(phase.rounds for phase in planned) != self.privacy.rounds:
+            raise ValueError("the phases of the schedule don't add up to its rounds")
         if (self.privacy.epsilon is None) != (self.privacy.trust == "none"):
             raise ValueError("epsilon is a number exactly when trust is not 'none'")
         return self
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The public schedule, one phase if none was given."""
+        p = self.privacy
+        return p.schedule or (Phase(rounds=p.rounds, q=p.q),)
 
     @property
     def digest(self) -> str:
@@ -127,11 +148,31 @@ class Contract(Terms):
         raise UsageError("contract.no_such_site", f"The contract has no site {name!r}.",
                          nearest(name, [s.name for s in self.sites]))
 
-    def mechanism(self, name: str) -> DpMechanism:
-        """What one round at that site releases. Raises UsageError `dp.parameter`, `dp.unsupported`."""
+    def mechanism(self, name: str, round_no: int = 1) -> DpMechanism:
+        """What that round at that site releases. Raises UsageError `dp.parameter`, `dp.unsupported`."""
+        left = round_no
+        for phase in self.phases():
+            if left <= phase.rounds:
+                break
+            left -= phase.rounds
+        return self._mechanism(name, phase)
+
+    def plans(self, name: str) -> list[list[tuple[DpMechanism, int]]]:
+        """Every way in which that site's rounds and retries can be spent: (mechanism, rounds) pairs, with all retries in
+        one phase or another. What must fit a cap is the costliest."""
+        phases = self.phases()
+        return [[(self._mechanism(name, p), p.rounds + (self.privacy.retries if p is costly else 0)) for p in phases]
+                for costly in phases]
+
+    def _mechanism(self, name: str, phase: Phase) -> DpMechanism:
         s, p = self.site(name), self.privacy
-        return DpMechanism(trust=p.trust, unit=p.unit, adjacency=p.adjacency, sampler=p.sampler, q=p.q, clip=p.clip,
-                           sigma=s.sigma, steps=p.local_steps, delta=s.delta, n_decl=s.n_decl)
+        by_record = p.unit == "person" and p.sampled == "record"
+        if by_record != (p.k_max is not None):
+            raise UsageError("dp.parameter", f"k_max = {p.k_max} doesn't go with unit={p.unit} and sampled={p.sampled}.",
+                             "Set privacy.k_max exactly when the unit is a person and records are sampled.")
+        return DpMechanism(trust=p.trust, unit=p.unit, adjacency=p.adjacency, sampler=p.sampler, q=phase.q, clip=p.clip,
+                           sigma=s.sigma * phase.noise, steps=p.local_steps, delta=s.delta, n_decl=s.n_decl,
+                           sampled=p.sampled, group=p.k_max or 1, draws=p.draws)
 
 
 def load_contract(data: bytes) -> Contract:

@@ -398,7 +398,7 @@ def test_impossible_parameter_is_refused(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"sampler": "shuffle"}, {"sampler": "fixed_size"}, {"adjacency": "replace_one"},
-                                    {"unit": "person"}, {"trust": "distributed"}])
+                                    {"unit": "household"}, {"trust": "distributed"}])
 def test_what_the_accountant_does_not_know_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         mechanism(**change)
