@@ -38,6 +38,7 @@ class DataSettings(Terms):
     floor: int = Field(50, ge=1)
     text: str = "text"
     label: str = "label"
+    person: str | None = Field(None, description="column of the person's key, where the privacy unit is a person")
     sites: dict[Name, SiteDeclaration] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
 
@@ -67,6 +68,7 @@ class SiteSettings(Terms):
     data: str = "data.csv"
     text: str = "text"
     label: str = "label"
+    person: str | None = None
     keys: str = "keys"
     certificates: str = "certificates"
     contract: str = "contract.json"

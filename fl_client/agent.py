@@ -64,7 +64,7 @@ class Agent:
         trust = TrustStore.load(certificates / "trust")
         self._journal = SiteJournal(state / "rounds.jsonl")
         self._ledger = open_ledger(self.contract, site.name, policy, signer, state)
-        self._trainer: Trainer = TrainerProcess(_request(self.contract, settings), limit_s=TRAIN_LIMIT_S)
+        self._trainer: Trainer = TrainerProcess(_request(self.contract, settings, self._ledger), limit_s=TRAIN_LIMIT_S)
         self.round = SiteRound(self.contract, site.name, trainer=self._trainer, policy=policy, signer=signer,
                                check_certificate=certificate_check(trust), journal=self._journal, ledger=self._ledger)
         self._site = site
@@ -89,7 +89,8 @@ class Agent:
         self._journal.close()
 
 
-def _request(contract: Contract, settings: Settings) -> dict[str, str | int]:
+def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> dict[str, str | int]:
     site = settings.site
     return {"contract": contract.to_bytes().decode(), "site": site.name, "model": str(Path(settings.model.path).resolve()),
-            "data": str(Path(site.data).resolve()), "text": site.text, "label": site.label, "threads": site.threads}
+            "data": str(Path(site.data).resolve()), "text": site.text, "label": site.label, "threads": site.threads,
+            "person": site.person or "", "lineage": ledger.lineage if ledger else ""}

@@ -29,7 +29,7 @@ class SitePolicy(Terms):
                                     "a site whose peers weigh nothing isn't hidden among them")
     colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
     rules: tuple[str, ...] = ("ffa", "fedit")
-    units: tuple[str, ...] = ("record",)
+    units: tuple[str, ...] = ("record", "person")
     allow_non_private: bool = False
     reveal_update: bool = Field(False, description="true: single updates may be visible to the coordinator")
 
@@ -60,10 +60,11 @@ def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
                           "max_epsilon")
         if terms.delta > policy.max_delta:
             raise _refuse("delta", f"The contract's delta {terms.delta} is over {policy.max_delta}.", "max_delta")
-        if terms.sigma < policy.min_sigma:
-            raise _refuse("sigma", f"The contract's sigma {terms.sigma} is under {policy.min_sigma}.", "min_sigma")
-        steps = (privacy.rounds + privacy.retries) * privacy.local_steps
-        if round_up(epsilon([Release(privacy.q, terms.sigma, steps)], terms.delta)) > privacy.epsilon:
+        least = min(m.sigma for plan in contract.plans(site) for m, _ in plan)
+        if least < policy.min_sigma:
+            raise _refuse("sigma", f"The contract's sigma {least} is under {policy.min_sigma}.", "min_sigma")
+        plans = [[Release(m.q, m.sigma, m.steps * rounds, m.group) for m, rounds in plan] for plan in contract.plans(site)]
+        if max(round_up(epsilon(plan, terms.delta)) for plan in plans) > privacy.epsilon:
             raise Refused("contract.epsilon", "The contract's noise doesn't keep its own epsilon.",
                           "Ask for a contract with sigma calibrated to its rounds and retries.")
     weights = [s.weight for s in contract.sites]

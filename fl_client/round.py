@@ -45,7 +45,7 @@ class SiteRound:
         self.contract, self.site, self._trainer, self._policy = contract, site, trainer, policy
         self._signer, self._check_certificate = signer, check_certificate
         self._journal, self._ledger = journal, ledger
-        self._mechanism, self._terms = contract.mechanism(site), contract.site(site)
+        self._terms = contract.site(site)
         self._index = [s.name for s in contract.sites].index(site)
         s = contract.secagg
         self._encoding = Encoding(bits=s.bits, range=s.range, cohort=len(contract.sites))
@@ -55,7 +55,7 @@ class SiteRound:
         self._encoded: NDArray[np.uint32] = NOTHING
         self._replies = Replies(on_abort=self._drop_round)
         self._statements = SiteStatements(contract, site, signer, ledger)
-        if self._mechanism.private and ledger is None:
+        if contract.privacy.trust != "none" and ledger is None:
             raise Refused("ledger.missing", "A private contract needs a ledger.", "Open the site's ledger first.")
 
     def handlers(self) -> dict[str, Handler]:
@@ -83,7 +83,7 @@ class SiteRound:
             raise StageRefused(SiteCode.BUDGET)
         self._drop_round()
         self._offer = got
-        delta = self._charged(got, lambda: self._trainer.train(adapter))
+        delta = self._charged(got, lambda: self._trainer.train(adapter, got.round))
         self._encoded = self._encoding.encode(delta, self._terms.weight)
         self._session = self._open(got)
         return self._session.m1(), {}
@@ -113,10 +113,11 @@ class SiteRound:
         """Reserve durably, then sample and draw noise, then commit. A failure in between stays spent."""
         if self._ledger is None:
             return train()
-        seq = self._ledger.reserve(self._mechanism, run=offer.run, contract=offer.contract, round=offer.round,
+        mechanism = self.contract.mechanism(self.site, offer.round)
+        seq = self._ledger.reserve(mechanism, run=offer.run, contract=offer.contract, round=offer.round,
                                    attempt=offer.attempt, code=self.contract.code_version, approver=self._policy.approver)
         delta = train()
-        self._ledger.commit(seq, self._mechanism.steps)
+        self._ledger.commit(seq, mechanism.steps)
         return delta
 
     def _compare(self, got: tr.Offer, adapter: str) -> None:

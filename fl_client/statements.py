@@ -18,17 +18,16 @@ class SiteStatements:
 
     def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None) -> None:
         self._contract, self._site, self._signer, self._ledger = contract, site, signer, ledger
-        self._mechanism = contract.mechanism(site)
 
     def acceptance(self, policy: SitePolicy) -> str:
         lineage = (self._ledger.lineage, decimal(self._ledger.cap)) if self._ledger else ("", "")
         return self._make("acceptance", ("contract", self._contract.digest), {
-            "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._mechanism.delta),
+            "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._contract.site(self._site).delta),
             "trust": self._contract.privacy.trust, "approver": policy.approver, "policy": policy.digest})
 
     def round(self, offer: tr.Offer, transcript: bytes, masked: str) -> str:
         """transcript: T3, or b"" without secure aggregation. masked: hex H(y)."""
-        m, head, epsilon = self._mechanism, (0, ""), ""
+        m, head, epsilon = self._contract.mechanism(self._site, offer.round), (0, ""), ""
         if self._ledger:
             head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
         return self._make("round-site", ("transcript", transcript.hex() or masked), {

@@ -35,11 +35,11 @@ class TrainerProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._start()
 
-    def train(self, adapter: Tensors) -> NDArray[np.float32]:
+    def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
         """Raises Unreachable `trainer.timeout`, `trainer.gone`; the child is then gone, the next call starts another."""
         if self._child is None or self._child.poll() is not None:
             self._start()
-        _, vector = self._call({"op": "train"}, self.spec.pack(adapter), self._limit_s)
+        _, vector = self._call({"op": "train", "round": round_no}, self.spec.pack(adapter), self._limit_s)
         return vector
 
     def close(self) -> None:

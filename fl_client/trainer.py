@@ -36,7 +36,7 @@ def main() -> None:
                 trainer = _load(request)
                 write_frame(replies, spec_to_json(trainer.spec))
             elif trainer is not None:
-                write_frame(replies, {"ok": True}, trainer.train(trainer.spec.unpack(vector)))
+                write_frame(replies, {"ok": True}, trainer.train(trainer.spec.unpack(vector), request["round"]))
         except ConsiloError as e:
             write_frame(replies, e.as_dict(), NO_VECTOR)
         except Exception as e:  # noqa: BLE001 - the text of it may hold a record, so it goes no further
@@ -52,7 +52,8 @@ def _load(request: dict[str, Any]) -> LocalTrainer:
     if request["threads"]:
         torch.set_num_threads(request["threads"])
     trainer = LocalTrainer(load_contract(request["contract"].encode()), request["site"], model=Path(request["model"]),
-                           data=Path(request["data"]), text=request["text"], label=request["label"])
+                           data=Path(request["data"]), text=request["text"], label=request["label"],
+                           person=request["person"] or None, lineage=request["lineage"])
     trainer.probe()
     return trainer
 

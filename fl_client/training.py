@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from privacy.contract import Contract
 from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.errors import Refused
+from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.model import build
 from strategies.records import load_records
@@ -30,20 +31,23 @@ class Trainer(Protocol):
 
     spec: AdapterSpec
 
-    def train(self, adapter: Tensors) -> NDArray[np.float32]: ...
+    def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]: ...
 
 
 class LocalTrainer:
     """Raises at construction: Refused `model.digest`, `data.floor`; UsageError from model, data and DP coverage."""
 
-    def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str) -> None:
-        self._terms, self._mechanism = contract.privacy, contract.mechanism(site)
-        self._local_lr = contract.rule.local_lr
-        records = load_records(data, contract.data.labels, text=text, label=label)
-        if len(records) < contract.data.floor:
+    def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str,
+                 person: str | None = None, lineage: str = "") -> None:
+        self._contract, self._site, self._local_lr = contract, site, contract.rule.local_lr
+        by_person = contract.privacy.unit == "person"
+        records = load_records(data, contract.data.labels, text=text, label=label, person=person if by_person else None)
+        self._population = Population(len(records), contract.mechanism(site), owners=records.owners, lineage=lineage,
+                                      contents=records.contents())
+        if self._population.units < contract.data.floor:
             raise Refused("data.floor", "The site has fewer units than the contract's floor.",
                           "Take no part in this contract, or ask for a lower floor.")
-        self._units = len(records)
+        self._probe = len(records)
         classifier = build(model, contract)
         self._classifier = classifier
         combine = rule(contract.rule.name, secure=contract.secagg.enabled)
@@ -63,14 +67,15 @@ class LocalTrainer:
 
     def probe(self) -> None:
         """One backward pass of a synthetic record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
-        self._grads.check(self._units)
+        self._grads.check(self._probe)
 
-    def train(self, adapter: Tensors) -> NDArray[np.float32]:
+    def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
         """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""
+        mechanism, size = self._contract.mechanism(self._site, round_no), self._contract.privacy.physical_batch
         tensors, total = dict(adapter), np.zeros(self.spec.dim, np.float32)
-        for _ in range(self._mechanism.steps):
+        for _ in range(mechanism.steps):
             self._classifier.load(tensors)
-            mean = noisy_mean(self._grads, self._units, self._mechanism, self._terms.physical_batch)
+            mean = noisy_mean(self._grads, self._population, mechanism, size)
             total = total - (self._local_lr * mean).astype(np.float32)
             tensors = self.spec.add(adapter, total)
         return total

@@ -78,7 +78,7 @@ class RoundDriver:
         def take_m9(u: int, note: Note) -> None:
             got, name = validate(stages.Unmasked, parse(note.body)), self._names[u]
             said = statement(RoundSite, got.statement.encode(), self._certificates[name])
-            m = self.contract.mechanism(name)
+            m = self.contract.mechanism(name, offer.round)
             if (said.site, said.run, said.contract, said.round, said.attempt, said.adapter_in, said.transcript,
                     said.masked, float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl) != (
                     name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter,

@@ -1,8 +1,9 @@
 """DP-SGD (Abadi et al., CCS 2016): per-sample gradients by Opacus hooks, one clip over all trainables, lattice sum.
 
-Guarantees: a record changes the sum by at most `clip` (plus the lattice's rounding) in L2; a record whose gradient isn't
-finite, or whose forward pass raises, contributes zero and changes no bit of another's contribution; the physical batch
-changes the result by float rounding only; nothing of one call is left in the model for the next.
+Guarantees: an item (a record, or a person) changes the sum by at most `clip` (plus the lattice's rounding) in L2; a
+record whose gradient isn't finite, or whose forward pass raises, contributes zero and changes no bit of another's
+contribution; the physical batch changes the result by float rounding only; nothing of one call is left in the model
+for the next.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism
-from privacy.noise import lattice_noise, pitch, poisson_sample
+from privacy.noise import lattice_noise, pitch
+from privacy.population import Draw, Population
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +76,20 @@ class PerSampleGradients:
                 raise UsageError("dp.frozen", f"{name!r} gets no gradient: the adapter can't move.",
                                  "Check lora.targets and lora.layers.")
 
-    def clipped(self, indices: NDArray[np.int64], clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
-        """Per-record gradients clipped to `clip`, on the lattice: int64 (b, dim) for each physical batch."""
-        for start in range(0, len(indices), physical_batch):
-            grads = self._rows(indices[start:start + physical_batch], physical_batch).astype(np.float64)
-            grads[~np.isfinite(grads).all(axis=1)] = 0.0
+    def clipped(self, draw: Draw, clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
+        """Each item's gradient (the mean over its records) clipped to `clip`, on the lattice: int64 (b, dim) a batch.
+
+        An item is never split: a physical batch holds physical_batch // draws of them, at least one. A record whose
+        gradient isn't finite contributes zero to its item's mean; the number of records that it is a mean of stays.
+        """
+        slots = draw.rows.shape[1]
+        size = max(1, physical_batch // slots)
+        for start in range(0, len(draw), size):
+            rows, count = draw.rows[start:start + size], draw.count[start:start + size]
+            each = self._rows(rows.ravel(), size * slots).astype(np.float64).reshape(len(rows), slots, self.dim)
+            each[~np.isfinite(each).all(axis=2)] = 0.0
+            each[np.arange(slots)[None, :] >= count[:, None]] = 0.0  # filled up, not drawn
+            grads = each.sum(axis=1) / count[:, None]
             norms = np.linalg.norm(grads, axis=1)
             grads *= np.minimum(1.0, clip / np.maximum(norms, clip * 1e-12))[:, None]
             yield np.rint(grads / pitch(clip)).astype(np.int64)
@@ -123,13 +134,14 @@ class PerSampleGradients:
         self._module.forbid_grad_accumulation()
 
 
-def noisy_mean(grads: PerSampleGradients, units: int, mechanism: DpMechanism, physical_batch: int) -> NDArray[np.float64]:
+def noisy_mean(grads: PerSampleGradients, population: Population, mechanism: DpMechanism,
+               physical_batch: int) -> NDArray[np.float64]:
     """One release: Poisson sample, clipped lattice sum, noise, divided by the public q * n_decl. Shape (dim,).
 
     An empty sample is a noise-only step with the same denominator.
     """
     total = np.zeros(grads.dim, np.int64)
-    for part in grads.clipped(poisson_sample(units, mechanism.q), mechanism.clip, physical_batch):
+    for part in grads.clipped(population.draw(mechanism.q), mechanism.clip, physical_batch):
         total += part.sum(axis=0)
     total += lattice_noise(grads.dim, sigma=mechanism.sigma, clip=mechanism.clip)
     return np.asarray(total * (pitch(mechanism.clip) / mechanism.denominator), np.float64)

@@ -116,7 +116,9 @@ def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int)
         own = out / "sites" / name
         lines[name] = [
             *python, "fl_client.cli", "run", *overrides, f"site.name={name}", f"site.url=https://localhost:{port}",
-            f"site.data={site.file}", f"site.keys={own}/keys", f"site.certificates={own}/certificates",
+            f"site.data={site.file}", f"site.text={settings.data.text}", f"site.label={settings.data.label}",
+            f"site.person={settings.data.person or 'null'}", f"site.keys={own}/keys",
+            f"site.certificates={own}/certificates",
             f"site.contract={out}/contract.json", f"site.policy={own}/policy.yaml", f"site.state={own}/state",
             "site.threads=1"]
     return lines

@@ -32,7 +32,7 @@ from privacy.identity import FileSigner, Role, TrustStore, create_request
 from privacy.mechanism import declared
 from privacy.secagg.peers import certificate_check
 from simulations.inprocess import InProcessGrid
-from strategies.records import count_records
+from strategies.records import count_items
 
 Tap = Callable[[Any, Any], None]
 
@@ -72,7 +72,8 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
             if ledger:
                 stack.callback(ledger.close)
             trainer = LocalTrainer(contract, name, model=Path(settings.model.path), data=Path(str(site.file)),
-                                   text=settings.data.text, label=settings.data.label)
+                                   text=settings.data.text, label=settings.data.label, person=settings.data.person,
+                                   lineage=ledger.lineage if ledger else "")
             handlers = SiteRound(contract, name, trainer=trainer, policy=policy, signer=signer,
                                  check_certificate=check, journal=journal, ledger=ledger).handlers()
             apps[index + 1], nodes[name] = build_app(handlers), index + 1
@@ -84,11 +85,11 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
 
 def declare_sites(settings: Settings) -> Settings:
     """Fill in what a simulation may know: the declared size of each site, from its file."""
-    sites = {}
+    sites, column = {}, settings.data.person if settings.privacy.sampled == "person" else None
     for name, site in settings.data.sites.items():
         if site.file is None:
             raise UsageError("simulation.no_file", f"Site {name} has no data file.", f"Set data.sites.{name}.file.")
-        count = count_records(Path(site.file), text=settings.data.text, label=settings.data.label)
+        count = count_items(Path(site.file), text=settings.data.text, label=settings.data.label, person=column)
         sites[name] = SiteDeclaration(file=site.file, weight=site.weight, n_decl=site.n_decl or declared(count))
     return settings.model_copy(update={"data": settings.data.model_copy(update={"sites": sites})})
 

@@ -47,7 +47,7 @@ def weights(make: Make, *values: float) -> Contract:
     ({"rules": ["ffa"]}, {"rule": {"name": "ffa"}}, {"rule": {"name": "fedit"}}),
     ({"reveal_update": False}, {"secagg": {"enabled": True}}, {"secagg": {"enabled": False}}),
     ({"allow_non_private": False}, {}, {"privacy": NONE, "site": {"sigma": 0.0}}),
-    ({"units": ["record"]}, {"privacy": {"unit": "record"}}, {"privacy": {"unit": "person"}}),
+    ({"units": ["record"]}, {"privacy": {"unit": "record"}}, {"privacy": {"unit": "person", "sampled": "person"}}),
 ], ids=["epsilon", "delta", "sigma", "rule", "reveal_update", "non_private", "unit"])
 def test_each_limit_refuses_under_its_own_code(request: pytest.FixtureRequest, tiny_contract: Make, limit: Change,
                                                contract: Change, refusal: Change) -> None:

@@ -39,7 +39,7 @@ class StubTrainer:
     def __init__(self) -> None:
         self.rounds = 0
 
-    def train(self, adapter: Any) -> Any:
+    def train(self, adapter: Any, round_no: int) -> Any:
         self.rounds += 1
         return np.full(SPEC.dim, 0.25, np.float32)
 
@@ -168,7 +168,7 @@ def test_attack_round_replayed(site: Site) -> None:
 
 def test_restart_between_reserve_and_send_stays_spent(site: Site) -> None:
     """Killed in training: the attempt is charged, and is never begun again."""
-    def die(adapter: Any) -> Any:
+    def die(adapter: Any, round_no: int) -> Any:
         raise KeyboardInterrupt
 
     site.trainer.train = die  # type: ignore[method-assign]

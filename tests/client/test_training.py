@@ -56,7 +56,7 @@ def place(tmp_path: Path, tiny_model: Path, tiny_data: dict[str, Path], tiny_con
 
 
 def change(trainer: LocalTrainer) -> NDArray[np.float32]:
-    return trainer.train(initial(trainer.spec, 0))
+    return trainer.train(initial(trainer.spec, 0), 1)
 
 
 def test_learns_the_rule(place: Place) -> None:
@@ -64,7 +64,7 @@ def test_learns_the_rule(place: Place) -> None:
     trainer = place.trainer()
     adapter = initial(trainer.spec, 0)
     for _ in range(30):
-        adapter = trainer.spec.add(adapter, np.float32(0.5) * trainer.train(adapter))
+        adapter = trainer.spec.add(adapter, np.float32(0.5) * trainer.train(adapter, 1))
     public = load_records(place.data["public"], place.exact().data.labels)
     trainer._classifier.load(adapter)
     right = trainer._classifier.logits(trainer._classifier.encode(public.texts)).argmax(axis=1) == public.labels
@@ -76,7 +76,7 @@ def test_change_is_of_the_trained_tensors_only(place: Place) -> None:
         trainer = place.trainer(contract=place.exact(rule={"name": rule}))
         start = initial(trainer.spec, 0)
         kept = {name: value.copy() for name, value in start.items()}
-        delta = trainer.train(start)
+        delta = trainer.train(start, 1)
         assert delta.dtype == np.float32
         assert delta.shape == (trainer.spec.dim,)
         assert all((start[n] == kept[n]).all() for n in start), "the adapter handed in is left as it was"
@@ -86,7 +86,7 @@ def test_change_is_of_the_trained_tensors_only(place: Place) -> None:
 def test_training_keeps_nothing_between_rounds(place: Place) -> None:
     trainer = place.trainer()
     first = change(trainer)
-    trainer.train(trainer.spec.add(initial(trainer.spec, 0), first))
+    trainer.train(trainer.spec.add(initial(trainer.spec, 0), first), 1)
     np.testing.assert_array_equal(change(trainer), first)
     np.testing.assert_array_equal(change(place.trainer()), first)
 
@@ -94,9 +94,9 @@ def test_training_keeps_nothing_between_rounds(place: Place) -> None:
 def test_local_steps_follow_each_other(place: Place) -> None:
     one = place.trainer()
     start = initial(one.spec, 0)
-    first = one.train(start)
-    second = one.train(one.spec.add(start, first))
-    both = place.trainer(contract=place.exact(privacy={"local_steps": 2})).train(start)
+    first = one.train(start, 1)
+    second = one.train(one.spec.add(start, first), 1)
+    both = place.trainer(contract=place.exact(privacy={"local_steps": 2})).train(start, 1)
     np.testing.assert_allclose(both, first + second, atol=1e-6)
 
 
@@ -143,7 +143,7 @@ def test_invalid_record_is_the_same_as_any_other_invalid_one(place: Place) -> No
         rows = place.rows
         rows[7] = poison
         trainer = place.trainer(rows)
-        assert trainer._units == 60
+        assert trainer._population.units == 60
         outcomes.append(change(trainer))
     for outcome in outcomes[1:]:
         np.testing.assert_array_equal(outcome, outcomes[0])

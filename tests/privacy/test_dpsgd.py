@@ -20,6 +20,7 @@ from privacy.contract import LoraTerms, ModelTerms
 from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism, declared, default_delta
+from privacy.population import Draw, Population
 from strategies.model import Batch, TextClassifier
 
 Vector = NDArray[np.float64]
@@ -86,10 +87,16 @@ def lab(shared: tuple[Bench, PerSampleGradients]) -> tuple[Bench, PerSampleGradi
     return shared
 
 
+def records(indices: Sequence[int] | NDArray[np.int64]) -> Draw:
+    """Each record an item of its own."""
+    chosen = np.asarray(indices, np.int64)
+    return Draw(chosen.reshape(-1, 1), np.ones(len(chosen), np.int64))
+
+
 def rows(grads: PerSampleGradients, indices: Sequence[int] | NDArray[np.int64], clip: float = 1.0,
          size: int = 8) -> NDArray[np.int64]:
     """Contributions, int64 (n, dim), in units of gamma."""
-    return np.concatenate([np.zeros((0, grads.dim), np.int64), *grads.clipped(np.asarray(indices, np.int64), clip, size)])
+    return np.concatenate([np.zeros((0, grads.dim), np.int64), *grads.clipped(records(indices), clip, size)])
 
 
 # Contributions
@@ -181,8 +188,8 @@ def test_planted_clip_times_4_is_caught(lab: tuple[Bench, PerSampleGradients]) -
         def __init__(self) -> None:
             self.dim = grads.dim
 
-        def clipped(self, indices: NDArray[np.int64], clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
-            for part in grads.clipped(indices, 4 * clip, physical_batch):
+        def clipped(self, draw: Draw, clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
+            for part in grads.clipped(draw, 4 * clip, physical_batch):
                 yield 4 * part
 
     assert movement(made, grads, LONG_AND_SHORT, 0, 1e-3) <= 1
@@ -277,7 +284,7 @@ def test_abort_leaves_nothing_for_the_next_batch(lab: tuple[Bench, PerSampleGrad
     elif where == "backward":
         handle = next(iter(made.classifier.parameters.values())).register_hook(stop)
     if where == "between":
-        next(grads.clipped(np.arange(20), 1.0, 8))
+        next(grads.clipped(records(range(20)), 1.0, 8))
     else:
         with pytest.raises(Killed):
             rows(grads, range(20))
@@ -312,7 +319,7 @@ def test_empty_batch_is_a_noise_only_step_with_the_same_denominator(lab: tuple[B
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "random_words", lambda n: np.full(n, 2**64 - 1, np.uint64))  # nobody is sampled
     monkeypatch.setattr("privacy.dpsgd.lattice_noise", lambda dim, *, sigma, clip: np.arange(dim))
-    got = noisy_mean(lab[1], 40, mechanism(), 8)
+    got = noisy_mean(lab[1], Population(40, mechanism()), mechanism(), 8)
     np.testing.assert_allclose(got, np.arange(lab[1].dim) * 2.0**-20 / (0.5 * 40), rtol=1e-15)
 
 
@@ -322,7 +329,7 @@ def test_step_is_the_noised_sum_over_the_public_denominator(lab: tuple[Bench, Pe
     draws = []
     monkeypatch.setattr("privacy.dpsgd.lattice_noise",
                         lambda dim, *, sigma, clip: draws.append((sigma, clip)) or np.full(dim, 7))
-    got = noisy_mean(lab[1], 40, mechanism(q=1.0, sigma=2.0, clip=0.5, n_decl=30), 8)
+    got = noisy_mean(lab[1], Population(40, mechanism()), mechanism(q=1.0, sigma=2.0, clip=0.5, n_decl=30), 8)
     want = (rows(lab[1], range(40), 0.5).sum(axis=0) + 7) * noise.pitch(0.5) / 30
     np.testing.assert_allclose(got, want, rtol=1e-15)
     assert draws == [(2.0, 0.5)]

@@ -17,6 +17,7 @@ from scipy import stats
 import privacy.noise as noise
 from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.mechanism import DpMechanism
+from privacy.population import Draw, Population
 
 ALPHA = 1e-3
 SIGMA, CLIP, Q, N_DECL = 1.3, 0.7, 0.25, 400
@@ -41,13 +42,13 @@ class Wide(PerSampleGradients):
     def __init__(self) -> None:
         self.dim = 200_000
 
-    def clipped(self, indices: NDArray[np.int64], clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
-        assert len(indices) == 0
+    def clipped(self, draw: Draw, clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
+        assert len(draw) == 0
         yield from ()
 
 
 def noise_only_step() -> NDArray[np.float64]:
-    return noisy_mean(Wide(), 0, mechanism(), 32)
+    return noisy_mean(Wide(), Population(0, mechanism()), mechanism(), 32)
 
 
 def scale_is(step: NDArray[np.float64], sigma: float) -> bool:

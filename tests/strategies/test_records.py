@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from privacy.errors import UsageError
-from strategies.records import MAX_TEXT, count_records, load_records, public_labels
+from strategies.records import MAX_TEXT, count_items, load_records, public_labels
 
 LABELS = ("heart", "lung")
 CANARY = "canary-7d1f"
@@ -90,7 +90,7 @@ def test_bytes_that_are_no_utf8_are_replaced_not_raised(tmp_path: Path) -> None:
 
 
 def test_count_is_the_number_of_units_good_or_not(tmp_path: Path) -> None:
-    assert count_records(csv_file(tmp_path, "a,lung\nb\n,\n"), text="text", label="label") == 3
+    assert count_items(csv_file(tmp_path, "a,lung\nb\n,\n"), text="text", label="label") == 3
 
 
 @pytest.mark.parametrize(("name", "body", "code"), [
@@ -134,7 +134,7 @@ def too_long(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [headerless, wrong_keys, all_bad, unclosed, too_long])
-@pytest.mark.parametrize("load", [lambda p: load_records(p, LABELS), lambda p: count_records(p, text="text", label="label"),
+@pytest.mark.parametrize("load", [lambda p: load_records(p, LABELS), lambda p: count_items(p, text="text", label="label"),
                                   lambda p: public_labels(p, text="text", label="label")])
 def test_canary_no_record_in_any_error_or_log(tmp_path: Path, make: Loader, load: Loader,
                                               caplog: pytest.LogCaptureFixture) -> None:
