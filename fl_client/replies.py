@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from fl_client.app import Handler, Reply, StageRefused, Vector
+from fl_client.exit import Outgoing, unwrap
 from privacy.canonical import labelled_hash
 from privacy.errors import Aborted, ConsiloError, SiteCode
 
@@ -28,8 +29,8 @@ class Replies:
         """Drop the replies to stages whose name begins so."""
         self._stored = {name: stored for name, stored in self._stored.items() if not name.startswith(prefix)}
 
-    def once(self, name: str, handler: Handler) -> Handler:
-        """The handler with stored replies, its errors turned into `StageRefused`; the error itself stays in the log."""
+    def once(self, name: str, handler: Callable[[bytes, dict[str, Vector]], Outgoing]) -> Handler:
+        """The handler with stored replies; what leaves passes `unwrap`, and an error leaves as a code only."""
 
         def run(body: bytes, arrays: dict[str, Vector]) -> Reply:
             parts = [p for array_name in sorted(arrays) for p in (array_name, arrays[array_name].tobytes())]
@@ -37,7 +38,7 @@ class Replies:
             if name in self._stored and self._stored[name][0] == key:
                 return self._stored[name][1]
             try:
-                reply = handler(body, arrays)
+                reply = unwrap(handler(body, arrays))
             except ConsiloError as e:
                 log.error("%s refused here: %s", name, e)
                 if isinstance(e, Aborted):

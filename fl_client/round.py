@@ -13,7 +13,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fl_client.app import Handler, Reply, StageRefused, Vector
+from fl_client.app import Handler, StageRefused, Vector
+from fl_client.exit import Charge, DpReleased, Outgoing, System
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy
 from fl_client.replies import Replies
@@ -64,11 +65,11 @@ class SiteRound:
                 "train.masked": self._masked, "train.unmask": self._unmask, "query.closing": self._closing}
         return {name: self._replies.once(name, handler) for name, handler in work.items()}
 
-    def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
+    def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         self._asked(body)
-        return stages.dump(stages.Acceptance(statement=self._statements.acceptance(self._policy))), {}
+        return Outgoing(System(stages.dump(stages.Acceptance(statement=self._statements.acceptance(self._policy)))))
 
-    def _update(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
+    def _update(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         """M0 and the adapter in, M1 out; in between the charge, the training and the encoding."""
         got = _load(tr.Offer, body)
         if set(arrays) != {"adapter"}:
@@ -83,42 +84,43 @@ class SiteRound:
             raise StageRefused(SiteCode.BUDGET)
         self._drop_round()
         self._offer = got
-        delta = self._charged(got, lambda: self._trainer.train(adapter, got.round))
+        delta, self._charge = self._charged(got, lambda: self._trainer.train(adapter, got.round))
         self._encoded = self._encoding.encode(delta, self._terms.weight)
         self._session = self._open(got)
-        return self._session.m1(), {}
+        return Outgoing(System(self._session.m1()))
 
-    def _shares(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
-        return self._live().m3(body), {}
+    def _shares(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
+        return Outgoing(System(self._live().m3(body)))
 
-    def _masked(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
+    def _masked(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         session, encoded = self._live(), self._encoded
         self._encoded = NOTHING  # m5 masks it in place; nobody else may see it before
         reply, y = session.m5(body, encoded)
-        return reply, {"y": y}
+        return Outgoing(DpReleased(reply, self._charge), {"y": DpReleased(y, self._charge)})
 
-    def _unmask(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
+    def _unmask(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         session = self._live()
         m9 = session.m9(body)
         statement = self._statements.round(self._offer, session.transcript, session.masked)
         self._session = None
-        return stages.dump(stages.Unmasked(m9=m9.decode(), statement=statement)), {}
+        return Outgoing(System(stages.dump(stages.Unmasked(m9=m9.decode(), statement=statement))))
 
-    def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Reply:
+    def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         self._asked(body)
         statement, extract = self._statements.closing()
-        return stages.dump(stages.Closed(statement=statement, ledger=extract.decode())), {}
+        return Outgoing(System(stages.dump(stages.Closed(statement=statement, ledger=extract.decode()))))
 
-    def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> Update:
+    def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> tuple[Update, Charge]:
         """Reserve durably, then sample and draw noise, then commit. A failure in between stays spent."""
         if self._ledger is None:
-            return train()
+            return train(), Charge(self.contract, offer.round, offer.attempt, None)
         mechanism = self.contract.mechanism(self.site, offer.round)
         seq = self._ledger.reserve(mechanism, run=offer.run, contract=offer.contract, round=offer.round,
                                    attempt=offer.attempt, code=self.contract.code_version, approver=self._policy.approver)
+        charge = Charge(self.contract, offer.round, offer.attempt, seq)
         delta = train()
         self._ledger.commit(seq, mechanism.steps)
-        return delta
+        return delta, charge
 
     def _compare(self, got: tr.Offer, adapter: str) -> None:
         """The offer must be the one that this site's own contract implies, field by field."""

@@ -306,7 +306,7 @@ def test_person_level_federation(overrides: Make, tmp_path: Path, tiny_data: dic
 
 
 def test_schedule_of_two_phases(overrides: Make, tmp_path: Path) -> None:
-    outcome = run(overrides("privacy.rounds=3",
+    run(overrides("privacy.rounds=3",
                             "privacy.schedule=[{rounds:1,q:0.25,noise:1.5},{rounds:2,q:0.5,noise:1.0}]"))
     said = [p for p in predicates(tmp_path / "out", "round-site") if p["site"] == "site-a"]
     assert [float(p["q"]) for p in said] == [0.25, 0.5, 0.5]
