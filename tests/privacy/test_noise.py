@@ -36,6 +36,10 @@ def mechanism(**changes: object) -> DpMechanism:
     return DpMechanism(**{**terms, **changes})  # type: ignore[arg-type]
 
 
+def standard_normal(n: int) -> NDArray[np.float64]:
+    return noise.rounded_normal(n, 2.0**20) / 2**20
+
+
 class Wide(PerSampleGradients):
     """200,000 coordinates and no records: every step is noise only."""
 
@@ -66,15 +70,15 @@ def test_noise_scale() -> None:
 @pytest.mark.usefixtures("seeded")
 @pytest.mark.parametrize("factor", [0.98, 1.02])
 def test_planted_noise_scale_is_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = noise.standard_normal
-    monkeypatch.setattr(noise, "standard_normal", lambda n: factor * honest(n))
+    honest = noise.rounded_normal
+    monkeypatch.setattr(noise, "rounded_normal", lambda n, scale: honest(n, factor * scale))
     assert not scale_is(noise_only_step(), SIGMA)
 
 
 @pytest.mark.usefixtures("seeded")
 def test_noise_is_gaussian() -> None:
     """Kolmogorov-Smirnov, and the numbers beyond 3 sigma on each side."""
-    z = noise.standard_normal(200_000)
+    z = standard_normal(200_000)
     assert stats.kstest(z, "norm").pvalue > ALPHA
     for side in (z, -z):
         assert stats.binomtest(int((side > 3).sum()), z.size, stats.norm.sf(3)).pvalue > ALPHA
@@ -89,7 +93,7 @@ def repeats(streams: list[NDArray[np.float64]]) -> bool:
 def blocks() -> list[NDArray[np.float64]]:
     """Two calls of two keystream blocks each."""
     size = noise.BLOCK
-    return [call[i * size:(i + 1) * size] for call in (noise.standard_normal(2 * size) for _ in range(2)) for i in (0, 1)]
+    return [call[i * size:(i + 1) * size] for call in (standard_normal(2 * size) for _ in range(2)) for i in (0, 1)]
 
 
 def test_noise_is_independent_over_steps_and_blocks() -> None:
@@ -107,16 +111,41 @@ def test_every_call_draws_a_fresh_key() -> None:
     assert len(np.unique(np.concatenate(words))) == 256
 
 
-def test_tail_reaches_beyond_8_sigma_and_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tail_reaches_beyond_12_sigma_and_is_symmetric(monkeypatch: pytest.MonkeyPatch) -> None:
     """A 53-bit inverse CDF stops at 8.29 sigma: what lies beyond would be a signature of its absence."""
-    extreme = np.array([0, 1, 2, 3, 2**63, 2**63 + 1, 2**64 - 2, 2**64 - 1], np.uint64)
+    top = 2**64 - 1
+    extreme = np.array([0, 0, top, top, 0, 1, top - 1, top], np.uint64)  # high words, then low ones with the sign bit
     monkeypatch.setattr(noise, "random_words", lambda n: extreme[:n])
-    z = noise.standard_normal(len(extreme))
-    assert np.isfinite(z).all()
-    assert np.abs(z).max() > 9
-    np.testing.assert_array_equal(z[0::2], -z[1::2])
-    assert set(np.sign(z[:2])) == {-1.0, 1.0}
-    assert np.abs(z[-1]) < 1e-9  # the largest word is the centre
+    z = noise.rounded_normal(4, 2.0**20) / 2**20
+    assert z[0] == -z[1] > 12
+    assert z[2] == z[3] == 0, "the largest words are the centre"
+
+
+@pytest.mark.usefixtures("seeded")
+def test_floats_round_as_sixty_digits_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the float is trusted it agrees with exact arithmetic: 2,000 draws, every one computed both ways."""
+    rng = np.random.default_rng(5)
+    words = rng.integers(0, 2**64, 4000, dtype=np.uint64)
+    words[:500] >>= np.uint64(40)  # deep in the tail as well
+    monkeypatch.setattr(noise, "random_words", lambda n: words[:n])
+    quick = noise.rounded_normal(2000, 1.4 * 2**20)
+    monkeypatch.setattr(noise, "UNSURE", 1.0)
+    np.testing.assert_array_equal(noise.rounded_normal(2000, 1.4 * 2**20), quick)
+
+
+def test_a_value_at_a_rounding_boundary_is_decided_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words whose z * scale lies within 1e-12 of n + 1/2: the float alone can't know the side."""
+    import mpmath
+
+    with mpmath.workdps(60):
+        def bits(value: str) -> int:
+            return int(mpmath.ncdf(-mpmath.mpf(value) / 1000) * mpmath.mpf(2) ** 128)
+
+        below, above = bits("700.499999999999999"), bits("700.500000000000001")
+    pairs = [(b >> 63, (b & (2**63 - 1)) << 1) for b in (below, above)]
+    words = np.array([*(high for high, _ in pairs), *(low for _, low in pairs)], np.uint64)
+    monkeypatch.setattr(noise, "random_words", lambda n: words[:n])
+    assert noise.rounded_normal(2, 1000.0).tolist() == [700, 701]
 
 
 def on_lattice(release: NDArray[np.float64]) -> bool:
@@ -130,7 +159,7 @@ def test_released_values_lie_on_the_lattice() -> None:
 
 def test_planted_float_noise_is_told_apart() -> None:
     """Porous float noise (Mironov, CCS 2012): right in scale and shape, but not rounded."""
-    assert not on_lattice(noise.standard_normal(1000) * SIGMA * CLIP / (Q * N_DECL))
+    assert not on_lattice(standard_normal(1000) * SIGMA * CLIP / (Q * N_DECL))
 
 
 def test_no_noise_only_without_privacy() -> None:
