@@ -212,6 +212,29 @@ def test_attack_poison_record_changes_nothing_that_leaves(overrides: Make, tmp_p
     assert not any(code for _, code, _ in dirty)
 
 
+def test_neighbouring_data_sets_differ_in_no_unnoised_byte(overrides: Make, tmp_path: Path,
+                                                           tiny_data: dict[str, Path]) -> None:
+    """N against N - 1 records at one site: same contract but for the run's id and keys, same stages, codes and sizes."""
+    fewer = tmp_path / "fewer.csv"
+    fewer.write_text("\n".join(tiny_data["site-a"].read_text().splitlines()[:-1]) + "\n")
+    seen = []
+    for name, first in (("n", tiny_data["site-a"]), ("n-1", fewer)):
+        files = {**tiny_data, "site-a": first}
+        sites = ",".join(f"{n}:{{file:{files[n]},n_decl:60}}" for n in ("site-a", "site-b", "site-c"))
+        sizes: list[tuple[str, str, int]] = []
+
+        def tap(message: Any, reply: Any, sizes: list[tuple[str, str, int]] = sizes) -> None:
+            kind, code = message.metadata.message_type, reply.error.reason if reply.has_error() else ""
+            # M1 carries a certificate, whose ECDSA signature varies in length
+            body = 0 if code or kind == "train.update" else len(reply.content["c"]["body"])
+            sizes.append((kind, code, body))
+
+        outcome = run(overrides(f"data.sites={{{sites}}}", f"server.out={tmp_path / name}"), tap=tap)
+        contract = outcome.contract.model_dump(exclude={"run": True, "sites": {"__all__": {"signer"}}})
+        seen.append((contract, sizes))
+    assert seen[0] == seen[1]
+
+
 def test_attack_exception_text_and_canary_never_leave(overrides: Make, tmp_path: Path, tiny_data: dict[str, Path],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer that fails with a record's text in its exception: the coordinator gets a code, and finds no canary."""
