@@ -14,10 +14,11 @@ from fl_client.round import SiteRound
 from fl_client.supervisor import TrainerProcess
 from fl_client.training import Trainer
 from privacy.contract import Contract, load_contract
-from privacy.errors import Refused
+from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
 from privacy.identity import FileSigner, Signer, TrustStore
 from privacy.ledger import Ledger
+from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
 
 log = logging.getLogger("consilo.agent")
@@ -25,11 +26,13 @@ TRAIN_LIMIT_S = 3600.0
 
 
 def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> Ledger | None:
-    """The lineage of this site's data, made on first use. None for trust=none, which charges nothing.
+    """The lineage of this site's data, made on first use, with the contract's whole schedule encumbered; an agent that
+    starts again goes on with what it holds. None for trust=none, which charges nothing.
 
-    Raises Refused `budget.exhausted` when the contract's whole schedule, retries included, doesn't fit the cap.
+    Raises Refused `budget.exhausted` (recorded in the ledger) when schedule and retries don't fit the cap, and as
+    `Ledger.encumber` does.
     """
-    mechanism, privacy = contract.mechanism(site), contract.privacy
+    mechanism = contract.mechanism(site)
     if not mechanism.private:
         return None
     path = folder / "ledger.jsonl"
@@ -38,12 +41,15 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
     else:
         ledger = Ledger.create(path, signer, lineage=secrets.token_hex(16), unit=mechanism.unit,
                                adjacency=mechanism.adjacency, delta=mechanism.delta, cap=policy.max_epsilon)
-    done = {(r.round, r.attempt) for r in ledger.summary().reserves if r.run == contract.run}
-    left, cap = max(0, privacy.rounds + privacy.retries - len(done)), min(ledger.cap, policy.max_epsilon)
-    if not ledger.planned_fits(mechanism, left, cap=cap):
+    try:
+        if contract.run not in {c.run for c in ledger.summary().closes}:  # a closed run is only asked for its evidence
+            ledger.encumber(contract.run, contract.plans(site), contract=contract.digest, approver=policy.approver,
+                            cap=policy.max_epsilon)
+    except ConsiloError as e:
+        if e.code in REFUSALS:
+            ledger.refuse(e.code, contract.run, contract.digest, "job")
         ledger.close()
-        raise Refused("budget.exhausted", f"The contract's rounds and retries don't fit the cap of {cap}.",
-                      "Ask for a contract with fewer rounds or more noise; a spent budget never comes back.")
+        raise
     return ledger
 
 

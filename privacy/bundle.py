@@ -24,7 +24,7 @@ from privacy.contract import Name, Sha256
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
-from privacy.ledger_chain import Number
+from privacy.ledger_records import Number
 from privacy.statements import make
 
 MAX_FILES = 50_000  # 100 sites over 400 rounds, with room for void ones

@@ -1,21 +1,21 @@
 """The ledger: one append-only, signed file per lineage of data, at the site that owns the data.
 
-Guarantees: `reserve` returns only after the record is on disk (append + fsync) and only if the cumulative epsilon of
-every reserve of the lineage, this one included, is within the cap; a reserve is never refunded; one process at a time
-holds the file; after a failed append the object grants nothing until it is opened again, and what a crash leaves
-behind counts at least every reserve that was granted.
+Guarantees: a job gets no round that it didn't encumber at its approval, and none that another job holds. `reserve`
+returns only after the record is on disk (append + fsync), and only if all that was reserved, this included, and all
+that other open jobs hold is within the cap (privacy.ledger_budget says how); a reserve is never refunded. One process
+at a time holds the file; after a failed append the object grants nothing until it is opened again, and what a crash
+leaves behind counts at least every reserve that was granted.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from privacy.accountant import NAME, Release, decimal_up, epsilon
 from privacy.canonical import canonical, decimal
@@ -23,36 +23,44 @@ from privacy.contract import validate
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer
 from privacy.identity import Signer
-from privacy.ledger_chain import (
+from privacy.ledger_budget import exhausted, fitting
+from privacy.ledger_chain import Chain, LedgerSummary, check_extract, run_of, split_lines
+from privacy.ledger_file import LedgerFile
+from privacy.ledger_records import (
     ZERO,
     Body,
-    Chain,
+    Charge,
     Close,
     Commit,
+    Encumber,
     Head,
-    LedgerSummary,
     Open,
+    Record,
+    Refusal,
+    Register,
     Reserve,
-    check_extract,
+    at_most,
+    charge,
+    schedule,
     sign_record,
-    split_lines,
 )
 from privacy.mechanism import ADJACENCIES, UNITS, DpMechanism
 
 __all__ = ["Head", "Ledger", "LedgerSummary", "check_extract"]
+R = TypeVar("R", bound=Record)
 
 
 class _Line(NamedTuple):
-    run: str  # "" for the record that opens the lineage
+    run: str  # "" for records of the lineage itself
     data: bytes
 
 
 class Ledger:
     """An open ledger; it holds the file's lease until `close`. Use it as a context manager, from one thread."""
 
-    def __init__(self, fd: int, chain: Chain, lines: list[_Line], signer: Signer, files: FileLayer) -> None:
+    def __init__(self, file: LedgerFile, chain: Chain, lines: list[_Line], signer: Signer) -> None:
         """For `create` and `open` only."""
-        self._fd, self._chain, self._lines, self._signer, self._files = fd, chain, lines, signer, files
+        self._file, self._chain, self._lines, self._signer = file, chain, lines, signer
         self._usable = True
 
     @classmethod
@@ -71,22 +79,18 @@ class Ledger:
                              f"Use unit={' or '.join(UNITS)} and adjacency={' or '.join(ADJACENCIES)}.")
         first = validate(Open, {"seq": 0, "prev": ZERO, "kind": "open", "lineage": lineage, "unit": unit,
                                 "adjacency": adjacency, "delta": decimal(delta), "cap": decimal(cap)})
-        files = files or FileLayer()
-        with _writing():
-            fd = files.open_append(path)
+        file = LedgerFile(path, files or FileLayer())
         try:
-            data = _read(fd)
+            data = file.read()
             if b"\n" in data:
                 raise Refused("ledger.exists", f"{path.name} is a ledger already.", "Open it, or choose a new lineage.")
             if data:  # a creation that was interrupted
-                with _writing():
-                    files.truncate(fd, 0)
-            ledger = cls(fd, Chain(signer.certificate), [], signer, files)
+                file.truncate(0)
+            ledger = cls(file, Chain(signer.certificate), [], signer)
             ledger._append(first)
-            with _writing():
-                _sync_folder(path.parent)
+            file.sync_name()
         except BaseException:
-            files.close(fd)
+            file.close()
             raise
         return ledger
 
@@ -94,37 +98,64 @@ class Ledger:
     def open(cls, path: Path, signer: Signer, files: FileLayer | None = None) -> Ledger:
         """Take the lease, verify every record and signature, cut off a torn last line (it was never synced).
 
-        Raises CheckFailed `ledger.broken`; Refused `file.leased`, `ledger.write_failed`; UsageError `ledger.missing`.
+        Raises CheckFailed `ledger.broken`, `ledger.schema`; Refused `file.leased`, `ledger.write_failed`; UsageError
+        `ledger.missing`.
         """
         if not path.exists():
             raise UsageError("ledger.missing", f"There is no ledger {path.name}.", "Check the path, or create it.")
-        files = files or FileLayer()
-        with _writing():
-            fd = files.open_append(path)
+        file = LedgerFile(path, files or FileLayer())
         try:
-            data = _read(fd)
+            data = file.read()
             lines, end = split_lines(data)
             chain = Chain(signer.certificate)
-            kept = [_Line(_run_of(chain.add(line)), line) for line in lines]
+            kept = [_Line(run_of(chain.add(line)), line) for line in lines]
             _ = chain.opened
             if end < len(data):
-                with _writing():
-                    files.truncate(fd, end)
+                file.truncate(end)
         except BaseException:
-            files.close(fd)
+            file.close()
             raise
-        return cls(fd, chain, kept, signer, files)
+        return cls(file, chain, kept, signer)
 
     # Charging --------------------------------------------------------------------------------------------------------
+
+    def encumber(self, run: str, plans: Sequence[Iterable[tuple[DpMechanism, int]]], *, contract: str, approver: str,
+                 cap: float | None = None) -> Encumber:
+        """Hold a job's whole schedule for it, before its first round. A run that holds the same already goes on.
+
+        plans: every way in which its rounds and retries can be spent (`Contract.plans`). The costliest has to fit the
+        cap, and `cap` if that is lower, together with all that was reserved and all that other open jobs hold. Raises
+        Refused `budget.exhausted`, `budget.not_encumbered` (the run holds or reserved another schedule), and as
+        `reserve` does.
+        """
+        self._check_usable()
+        self._check_open(run)
+        for plan in plans:
+            for mechanism, _ in plan:
+                self._check_mechanism(mechanism)
+        wanted, drawn, held = schedule(plans), self._drawn(run), self._chain.encumbrances.get(run)
+        if held is not None and (held.contract, held.schedule) != (contract, wanted):
+            raise _not_encumbered("This run holds the schedule of another contract.")
+        if not wanted.covers(drawn):
+            raise _not_encumbered("This run has reserved other rounds than its contract's.")
+        total, enforced = (held.epsilon, held.enforced) if held else fitting(self._chain, run, wanted.left(drawn))
+        if cap is not None and not at_most(total, cap):
+            raise exhausted(total, cap)
+        if held is None:
+            held = self._next(Encumber, run=run, contract=contract, classes=wanted.classes, plans=wanted.plans,
+                              epsilon=total, accountant=NAME, enforced=enforced, approver=approver)
+            self._append(held)
+        return held
 
     def reserve(self, mechanism: DpMechanism, *, run: str, contract: str, round: int, attempt: int, code: str,
                 approver: str) -> int:
         """Charge one round before anything of it is sampled, and return the record's seq: the right to go on.
 
-        Nothing is appended when it is refused. Raises Refused `budget.exhausted`, `ledger.duplicate`,
-        `ledger.run_closed`, `ledger.mismatch` (unit, adjacency or delta differ from the lineage's),
-        `ledger.write_failed`, `ledger.unusable`; UsageError `dp.unsupported` (trust=none), `dp.too_many_classes`,
-        `config.invalid` (a malformed id).
+        Nothing is appended when it is refused. Raises Refused `budget.not_encumbered` (the run didn't encumber such a
+        round, or has used up what it did), `budget.exhausted`, `ledger.duplicate`, `ledger.run_closed`,
+        `ledger.mismatch` (unit, adjacency or delta differ from the lineage's), `ledger.write_failed`,
+        `ledger.unusable`; UsageError `dp.unsupported` (trust=none), `dp.too_many_classes`, `config.invalid` (a
+        malformed id).
         """
         self._check_usable()
         self._check_mechanism(mechanism)
@@ -132,16 +163,13 @@ class Ledger:
         if (run, round, attempt) in self._chain.slots:
             raise Refused("ledger.duplicate", f"Round {round}, attempt {attempt} of this run is reserved already.",
                           "Send the stored reply again, or start a new attempt.")
-        total = decimal_up(self._epsilon([Release(mechanism.q, mechanism.sigma, mechanism.steps)]))
-        if not self._within_cap(total):
-            raise Refused("budget.exhausted", f"The round would bring epsilon to {total}, over the cap {self.cap}.",
-                          "End the job; only data that this lineage never used has a budget left.")
-        head = self._chain.head
-        return self._append(validate(Reserve, {
-            "seq": head.seq + 1, "prev": head.hash, "kind": "reserve", "run": run, "contract": contract,
-            "round": round, "attempt": attempt, "sampler": mechanism.sampler, "q": decimal(mechanism.q),
-            "clip": decimal(mechanism.clip), "sigma": decimal(mechanism.sigma), "planned_steps": mechanism.steps,
-            "epsilon": total, "accountant": NAME, "code": code, "approver": approver}))
+        asked, held = charge(mechanism), self._chain.encumbrances.get(run)
+        if held is None or not held.covers(self._drawn(run) + Counter([asked])):
+            raise _not_encumbered("The job did not encumber this round, or has used up its rounds and retries.")
+        _, enforced = fitting(self._chain, run, [[asked.release]])
+        return self._append(self._next(
+            Reserve, run=run, contract=contract, round=round, attempt=attempt, **asked.model_dump(), accountant=NAME,
+            epsilon=decimal_up(self._epsilon([asked.release])), enforced=enforced, code=code, approver=approver))
 
     def commit(self, reserve_seq: int, executed_steps: int) -> None:
         """Record that a reserved round was computed. It lowers no epsilon.
@@ -154,17 +182,40 @@ class Ledger:
             raise Refused("ledger.no_reserve", f"Record {reserve_seq} is no open reserve of {executed_steps} steps.",
                           "Commit each reserve once, with at most its planned steps.")
         self._check_open(reserve.run)
-        head = self._chain.head
-        self._append(Commit(seq=head.seq + 1, prev=head.hash, run=reserve.run, contract=reserve.contract,
-                            round=reserve.round, attempt=reserve.attempt, reserve=reserve_seq,
-                            executed_steps=executed_steps))
+        self._append(self._next(Commit, run=reserve.run, contract=reserve.contract, round=reserve.round,
+                                attempt=reserve.attempt, reserve=reserve_seq, executed_steps=executed_steps))
 
     def close_run(self, run: str) -> None:
-        """End a job: no record of that run follows. Raises Refused `ledger.run_closed`, `ledger.write_failed`."""
+        """End a job: what it encumbered and never reserved is free again, and no record of that run follows.
+
+        Raises Refused `ledger.run_closed`, `ledger.write_failed`, `ledger.unusable`.
+        """
         self._check_usable()
         self._check_open(run)
-        head = self._chain.head
-        self._append(Close(seq=head.seq + 1, prev=head.hash, run=run, head_epsilon=decimal_up(self._epsilon([]))))
+        self._append(self._next(Close, run=run, head_epsilon=decimal_up(self._epsilon([])),
+                                freed=self._chain.unreserved(run)))
+
+    # Other events ----------------------------------------------------------------------------------------------------
+
+    def refuse(self, code: str, run: str, contract: str, what: str) -> None:
+        """Record that the site said no to a "job" or a "round" of it. code: one of REFUSALS; none depends on a record.
+
+        The same refusal is recorded once, so that nobody can fill the disk by asking again. Raises Refused
+        `ledger.run_closed`, `ledger.write_failed`, `ledger.unusable`; UsageError `config.invalid` (another code).
+        """
+        self._check_usable()
+        self._check_open(run)
+        body = self._next(Refusal, run=run, contract=contract, code=code, what=what)
+        if not any((r.run, r.contract, r.code, r.what) == (run, contract, code, what) for r in self._chain.refusals):
+            self._append(body)
+
+    def register(self, approver: str) -> None:
+        """Record that the operator added data to the lineage; how much is nobody else's business.
+
+        Raises Refused `ledger.write_failed`, `ledger.unusable`.
+        """
+        self._check_usable()
+        self._append(self._next(Register, approver=approver))
 
     # Reading ---------------------------------------------------------------------------------------------------------
 
@@ -189,18 +240,8 @@ class Ledger:
         return float(decimal_up(self._epsilon([])))
 
     def remaining(self) -> float:
-        """What `epsilon` may still grow by. Epsilons do not add up: ask `planned_fits` about a schedule."""
+        """What `epsilon` may still grow by, held or not. Epsilons do not add up: `encumber` tells what fits."""
         return float(max(Decimal(0), Decimal(self._chain.opened.cap) - Decimal(decimal_up(self._epsilon([])))))
-
-    def planned_fits(self, mechanism: DpMechanism, rounds: int, *, cap: float | None = None) -> bool:
-        """Would that many more rounds (retries counted) stay within the lineage's cap, and a lower one if given?
-
-        Raises as `reserve` does for a mechanism that the lineage doesn't cover.
-        """
-        self._check_mechanism(mechanism)
-        schedule = Release(mechanism.q, mechanism.sigma, mechanism.steps * rounds)
-        total = decimal_up(self._epsilon([schedule]))
-        return self._within_cap(total) and (cap is None or float(total) <= cap)
 
     def summary(self) -> LedgerSummary:
         """Everything verified so far."""
@@ -213,8 +254,8 @@ class Ledger:
                               "Bring back the newest copy of the ledger; this one would spend the budget twice.")
 
     def extract(self, run: str) -> bytes:
-        """JSON lines from the first record to the run's closing one (or the head): this run's records and the `open`
-        record whole, those of other runs as commitments {"seq", "hash"}."""
+        """JSON lines from the first record to the run's closing one (or the head): records of this run and of the
+        lineage itself whole, those of other runs as commitments {"seq", "hash"}."""
         out = []
         for seq, (line, hash_) in enumerate(zip(self._lines, self._chain.hashes, strict=True)):
             out.append(line.data if line.run in ("", run) else canonical({"seq": seq, "hash": hash_}))
@@ -223,9 +264,8 @@ class Ledger:
 
     def close(self) -> None:
         """Give the lease back. The object grants nothing afterwards."""
-        if self._fd >= 0:
-            self._files.close(self._fd)
-        self._fd, self._usable = -1, False
+        self._file.close()
+        self._usable = False
 
     def __enter__(self) -> Ledger:
         return self
@@ -236,16 +276,26 @@ class Ledger:
 
     # Inside ----------------------------------------------------------------------------------------------------------
 
+    def _next(self, kind: type[R], **fields: Any) -> R:
+        """The body of the next record. Raises UsageError `config.invalid`."""
+        head = self._chain.head
+        return validate(kind, {"seq": head.seq + 1, "prev": head.hash, **fields})
+
     def _append(self, body: Body) -> int:
         """Sign, append, fsync; only then does the record count as written. Unusable if anything goes wrong between."""
         line, hash_ = sign_record(body, self._signer)
         self._usable = False
-        with _writing():
-            self._files.append(self._fd, line)
+        self._file.append(line)
         self._chain.take(body, hash_)
-        self._lines.append(_Line(_run_of(body), line[:-1]))
+        self._lines.append(_Line(run_of(body), line[:-1]))
         self._usable = True
         return body.seq
+
+    def _drawn(self, run: str) -> Counter[Charge]:
+        return self._chain.drawn.get(run, Counter())
+
+    def _epsilon(self, more: list[Release]) -> float:
+        return epsilon([*(r.release for r in self._chain.reserves.values()), *more], self.delta)
 
     def _check_usable(self) -> None:
         if not self._usable:
@@ -268,35 +318,6 @@ class Ledger:
                 raise Refused("ledger.mismatch", f"The mechanism has {name} {theirs}, the lineage {ours}.",
                               "Use the lineage's unit, adjacency and delta in the contract.")
 
-    def _epsilon(self, more: list[Release]) -> float:
-        return epsilon([*(r.release for r in self._chain.reserves.values()), *more], self.delta)
 
-    def _within_cap(self, total: str) -> bool:
-        return Decimal(total) <= Decimal(self._chain.opened.cap)
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        raise Refused("ledger.write_failed", f"The ledger can't be written ({e.strerror or type(e).__name__}).",
-                      "Free or repair the disk, then start the job again.") from e
-
-
-def _run_of(body: Body | None) -> str:
-    return "" if body is None or isinstance(body, Open) else body.run
-
-
-def _read(fd: int) -> bytes:
-    """All bytes of the leased file: through its descriptor, so that no other file can take its place."""
-    return os.pread(fd, os.fstat(fd).st_size, 0)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a new file's name durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _not_encumbered(why: str) -> Refused:
+    return Refused("budget.not_encumbered", why, "End the job; a new contract encumbers what it needs at its approval.")

@@ -1,105 +1,47 @@
-"""Ledger records and the one place that verifies them; pure, without a disk. The format is docs/evidence-format.md.
+"""The one place that verifies a ledger's records; pure, without a disk. The format is docs/evidence-format.md.
 
 Guarantees: a chain that `Chain` accepted is one unbroken sequence from its `open` record, every visible record is
-canonical, hashed and (given a certificate) signed as it stands, no (run, round, attempt) is reserved twice, a commit
-belongs to a reserve of its own, a closed run gets no more records, and no reserve exceeds the cap by its own figure.
-It can't show that the tail is the newest (a witnessed head does) nor that the figures are right (recompute them).
+canonical, hashed and (given a certificate) signed as it stands, no (run, round, attempt) is reserved twice, every
+reserve draws on what its run encumbered before, a commit belongs to a reserve of its own, a closed run gets no more
+records, and neither reserve nor encumbrance exceeds the cap by its own figure. It can't
+show that the tail is the newest (a witnessed head does) nor that the figures are right (recompute them).
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+from collections import Counter
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from privacy.accountant import Release
 from privacy.canonical import canonical, digest, parse
 from privacy.errors import CheckFailed, ConsiloError
-from privacy.identity import Signer, public_key, verify_signature
+from privacy.identity import public_key, verify_signature
+from privacy.ledger_records import (
+    V1,
+    V2,
+    ZERO,
+    Body,
+    Charge,
+    Close,
+    Commit,
+    Encumber,
+    Head,
+    Open,
+    Refusal,
+    Register,
+    Reserve,
+    at_most,
+    domain,
+    read_body,
+)
 
-DOMAIN = b"consilo.ledger/1\n"  # what a record's signature covers, before its hash
-ZERO = "0" * 64
-MAX_LINE_BYTES = 16 * 1024  # a reserve with the longest strings takes 3 KiB
-
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Positive = Annotated[int, Field(ge=1, lt=2**53)]
-Number = Annotated[str, Field(pattern=r"^[0-9]{1,20}(\.[0-9]{1,30})?(e[+-]?[0-9]{1,2})?$")]
-Text = Annotated[str, Field(min_length=1, max_length=200)]
-
-
-class Head(NamedTuple):
-    """A record named by its place and hash: what witnesses countersign."""
-
-    seq: int
-    hash: str
-
-
-class Record(BaseModel):
-    """Body of a record. Numbers that are not counts are decimal strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
-    schema_: Literal["consilo.ledger/1"] = Field(default="consilo.ledger/1", alias="schema")
-    seq: Count
-    prev: Hash
-
-
-class Open(Record):
-    kind: Literal["open"] = "open"
-    lineage: Id
-    unit: Text
-    adjacency: Text
-    delta: Number
-    cap: Number
-
-
-class Reserve(Record):
-    kind: Literal["reserve"] = "reserve"
-    run: Id
-    contract: Hash
-    round: Positive
-    attempt: Count
-    sampler: Text
-    q: Number
-    clip: Number
-    sigma: Number
-    planned_steps: Positive
-    epsilon: Number
-    accountant: Text
-    code: Text
-    approver: Text
-
-    @property
-    def release(self) -> Release:
-        """What it is charged as: its planned steps, whatever was executed."""
-        return Release(float(self.q), float(self.sigma), self.planned_steps)
-
-
-class Commit(Record):
-    kind: Literal["commit"] = "commit"
-    run: Id
-    contract: Hash
-    round: Positive
-    attempt: Count
-    reserve: Count
-    executed_steps: Count
-
-
-class Close(Record):
-    kind: Literal["close"] = "close"
-    run: Id
-    head_epsilon: Number
-
-
-Body = Open | Reserve | Commit | Close
-_BODY: TypeAdapter[Body] = TypeAdapter(Annotated[Body, Field(discriminator="kind")])
+MAX_LINE_BYTES = 16 * 1024  # an encumbrance with 16 classes and the longest strings takes 10 KiB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +59,9 @@ class LedgerSummary:
     reserves: tuple[Reserve, ...]
     commits: tuple[Commit, ...]
     closes: tuple[Close, ...]
+    encumbrances: tuple[Encumber, ...]
+    refusals: tuple[Refusal, ...]
+    registrations: tuple[Register, ...]
     commitments: int
 
 
@@ -134,7 +79,12 @@ class Chain:
         self.slots: set[tuple[str, int, int]] = set()
         self.commits: dict[int, Commit] = {}
         self.closes: dict[str, Close] = {}
+        self.encumbrances: dict[str, Encumber] = {}
+        self.drawn: dict[str, Counter[Charge]] = {}  # rounds that a run reserved, by mechanism
+        self.refusals: list[Refusal] = []
+        self.registrations: list[Register] = []
         self.commitments = 0
+        self._schema = V1
 
     @property
     def opened(self) -> Open:
@@ -145,7 +95,7 @@ class Chain:
     def add(self, line: bytes) -> Body | None:
         """Verify the next line (without its newline) and take it in; None for a commitment.
 
-        Raises CheckFailed `ledger.broken`.
+        Raises CheckFailed `ledger.broken`, `ledger.schema`.
         """
         seq = self.head.seq + 1
         if len(line) > MAX_LINE_BYTES:
@@ -161,15 +111,15 @@ class Chain:
                 raise broken(seq, "the line has other fields than a record")
             if digest(document["body"]) != document["hash"]:
                 raise broken(seq, "the hash is not that of the body")
+            body = read_body(document["body"])
             if self._certificate is not None:
                 verify_signature(self._certificate, base64.b64decode(document["signature"], validate=True),
-                                 DOMAIN + bytes.fromhex(document["hash"]))
-            body = _BODY.validate_python(document["body"])
+                                 domain(body.schema_) + bytes.fromhex(document["hash"]))
             self.take(body, document["hash"])
             return body
         except CheckFailed:
             raise
-        except (ConsiloError, ValidationError, binascii.Error, TypeError, ValueError) as e:
+        except (ConsiloError, ValidationError, binascii.Error, KeyError, TypeError, ValueError) as e:
             raise broken(seq, f"the record is malformed or its signature is wrong ({type(e).__name__})") from e
 
     def take(self, body: Body, hash_: str) -> None:
@@ -179,29 +129,38 @@ class Chain:
             raise broken(seq, "it does not follow the record before it")
         if isinstance(body, Open) != (seq == 0):
             raise broken(seq, "the first record, and no other, opens a lineage")
-        if not isinstance(body, Open) and body.run in self.closes:
+        if body.schema_ == V1 and self._schema == V2:
+            raise broken(seq, "its schema is older than that of the record before it")
+        if run_of(body) in self.closes:
             raise broken(seq, "its run was closed before")
-        if isinstance(body, Open):
-            self._opened = body
-        elif isinstance(body, Reserve):
-            slot = (body.run, body.round, body.attempt)
-            if slot in self.slots:
-                raise broken(seq, "its round and attempt were reserved before")
-            if Decimal(body.epsilon) > Decimal(self.opened.cap):
-                raise broken(seq, "its epsilon exceeds the cap")
-            self._chargeable(body)
-            self.slots.add(slot)
-            self.reserves[seq] = body
-        elif isinstance(body, Commit):
-            reserve = self.reserves.get(body.reserve)
-            if reserve is None or body.reserve in self.commits or body.executed_steps > reserve.planned_steps or (
-                    (body.run, body.contract, body.round, body.attempt)
-                    != (reserve.run, reserve.contract, reserve.round, reserve.attempt)):
-                raise broken(seq, "it commits no reserve of its own")
-            self.commits[body.reserve] = body
-        else:
-            self.closes[body.run] = body
+        match body:
+            case Open():
+                self._opened = body
+            case Register():
+                self.registrations.append(body)
+            case Encumber():
+                self._encumber(body)
+            case Reserve():
+                self._reserve(body)
+            case Commit():
+                self._commit(body)
+            case Refusal():
+                self.refusals.append(body)
+            case Close():
+                if body.freed != self.unreserved(body.run):
+                    raise broken(seq, "it frees another number of rounds than its run still held")
+                self.closes[body.run] = body
+        self._schema = body.schema_
         self._advance(hash_)
+
+    def unreserved(self, run: str) -> int:
+        """Rounds and retries that a run encumbered and never reserved."""
+        held = self.encumbrances.get(run)
+        return held.rounds - self.drawn.get(run, Counter()).total() if held else 0
+
+    def is_shared(self, run: str) -> bool:
+        """Whether another run ever encumbered or reserved anything that is visible here."""
+        return not self.encumbrances.keys() | self.drawn.keys() <= {run}
 
     def summary(self) -> LedgerSummary:
         """Raises CheckFailed `ledger.broken` when there is no record at all."""
@@ -210,7 +169,50 @@ class Chain:
         return LedgerSummary(lineage=o.lineage, unit=o.unit, adjacency=o.adjacency, delta=float(o.delta),
                              cap=float(o.cap), epsilon=last.epsilon if last else "0.0", head=self.head,
                              reserves=tuple(self.reserves.values()), commits=tuple(self.commits.values()),
-                             closes=tuple(self.closes.values()), commitments=self.commitments)
+                             closes=tuple(self.closes.values()), encumbrances=tuple(self.encumbrances.values()),
+                             refusals=tuple(self.refusals), registrations=tuple(self.registrations),
+                             commitments=self.commitments)
+
+    def _encumber(self, body: Encumber) -> None:
+        if body.run in self.encumbrances:
+            raise broken(body.seq, "its run encumbered before")
+        if {(len(plan), sum(plan)) for plan in body.plans} != {(len(body.classes), body.rounds)} or not body.rounds:
+            raise broken(body.seq, "its plans don't hold the same number of rounds of its classes")
+        if not body.covers(self.drawn.get(body.run, {})):
+            raise broken(body.seq, "its run reserved other rounds before than it encumbers")
+        self._charged(body, body.classes)
+        self.encumbrances[body.run] = body
+
+    def _reserve(self, body: Reserve) -> None:
+        slot = (body.run, body.round, body.attempt)
+        if slot in self.slots:
+            raise broken(body.seq, "its round and attempt were reserved before")
+        drawn, held = self.drawn.get(body.run, Counter()) + Counter([body.charge]), self.encumbrances.get(body.run)
+        if body.schema_ != V1 and (held is None or not held.covers(drawn)):
+            raise broken(body.seq, "its run did not encumber it")
+        self._charged(body, (body,))
+        self.slots.add(slot)
+        self.drawn[body.run] = drawn
+        self.reserves[body.seq] = body
+
+    def _charged(self, body: Encumber | Reserve, charges: tuple[Charge, ...]) -> None:
+        """The figures of a record can be, and are within the cap; with a second job, the filter admitted it."""
+        if not at_most(body.epsilon, self.opened.cap):
+            raise broken(body.seq, "its epsilon exceeds the cap")
+        if body.schema_ != V1 and self.is_shared(body.run) and body.enforced != "pld+filter":
+            raise broken(body.seq, "the lineage has a second job, and no filter admitted it")
+        try:
+            _ = [charge.release for charge in charges]
+        except ConsiloError as e:
+            raise broken(body.seq, "its mechanism has parameters that can't be") from e
+
+    def _commit(self, body: Commit) -> None:
+        reserve = self.reserves.get(body.reserve)
+        if reserve is None or body.reserve in self.commits or body.executed_steps > reserve.planned_steps or (
+                (body.run, body.contract, body.round, body.attempt)
+                != (reserve.run, reserve.contract, reserve.round, reserve.attempt)):
+            raise broken(body.seq, "it commits no reserve of its own")
+        self.commits[body.reserve] = body
 
     def _commitment(self, document: dict[str, Any]) -> None:
         seq, hash_ = document["seq"], document["hash"]
@@ -221,23 +223,14 @@ class Chain:
         self.commitments += 1
         self._advance(hash_)
 
-    def _chargeable(self, body: Reserve) -> None:
-        try:
-            _ = body.release
-        except ConsiloError as e:
-            raise broken(body.seq, "its mechanism has parameters that can't be") from e
-
     def _advance(self, hash_: str) -> None:
         self.hashes.append(hash_)
         self.head = Head(self.head.seq + 1, hash_)
 
 
-def sign_record(body: Body, signer: Signer) -> tuple[bytes, str]:
-    """The line of a record, newline included, and its hash."""
-    value = body.model_dump(mode="json", by_alias=True)
-    hash_ = digest(value)
-    signature = base64.b64encode(signer.sign(DOMAIN + bytes.fromhex(hash_))).decode()
-    return canonical({"body": value, "hash": hash_, "signature": signature}) + b"\n", hash_
+def run_of(body: Body | None) -> str:
+    """The run that a record belongs to; "" for those of the lineage itself."""
+    return "" if body is None or isinstance(body, Open | Register) else body.run
 
 
 def split_lines(data: bytes) -> tuple[list[bytes], int]:
@@ -249,7 +242,7 @@ def split_lines(data: bytes) -> tuple[list[bytes], int]:
 def check_extract(data: bytes, certificate: x509.Certificate | None) -> LedgerSummary:
     """Verify a ledger, or an extract in which lines of other runs are commitments.
 
-    A certificate of None leaves signatures unchecked. Raises CheckFailed `ledger.broken`.
+    A certificate of None leaves signatures unchecked. Raises CheckFailed `ledger.broken`, `ledger.schema`.
     """
     lines, end = split_lines(data)
     if end != len(data):

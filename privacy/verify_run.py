@@ -9,6 +9,7 @@ from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError
 from privacy.identity import Role
 from privacy.ledger import LedgerSummary, check_extract
+from privacy.ledger_records import charge, schedule
 from privacy.verify_trust import Facts, Findings, Spending
 
 MAX_PREFIXES = 64  # reserves of a site whose claim is recomputed; between them claims can only grow
@@ -21,7 +22,7 @@ def contract(facts: Facts, found: Findings) -> str:
     data = facts.raw.files.get("contract.json", b"")
     agreed = load_contract(data)
     for site in agreed.sites:
-        agreed.mechanism(site.name)
+        agreed.plans(site.name)  # every phase is a mechanism that can be
     if found.expect(agreed.to_bytes() == data, "the contract is not in canonical form"):
         facts.contract = agreed
     for event in facts.events:
@@ -103,7 +104,7 @@ def _sum(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, fo
 
 def _mechanism(agreed: Contract, s: RoundSite, found: Findings) -> None:
     if s.site in {site.name for site in agreed.sites}:
-        m = agreed.mechanism(s.site)
+        m = agreed.mechanism(s.site, s.round)
         said = (float(s.q), float(s.clip), float(s.sigma), s.steps, s.n_decl)
         found.expect(said == (m.q, m.clip, m.sigma, m.steps, m.n_decl),
                      f"round {s.round}: {s.site} used another mechanism than the contract's")
@@ -138,7 +139,6 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
         found.append(f"{site}: the ledger is refused ({e.code})")
         return
     before = len(found)
-    m = agreed.mechanism(site)
     hashes = [parse(line)["hash"] for line in data.splitlines()]
     budget = (ledger.lineage, ledger.cap, ledger.delta)
     found.expect((closing.records, closing.ledger_seq, closing.ledger_head) == (len(hashes), *ledger.head),
@@ -148,6 +148,7 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
     for a in facts.said(Acceptance):
         found.expect(a.site != site or (a.lineage, float(a.cap or 0), float(a.delta)) == budget,
                      f"{site}: the acceptance names another lineage, cap or delta than the ledger")
+    m = agreed.mechanism(site)
     found.expect((ledger.unit, ledger.adjacency, ledger.delta) == (m.unit, m.adjacency, m.delta),
                  f"{site}: the lineage has another unit, adjacency or delta than the contract")
     found.expect([c.run for c in ledger.closes if c.run == agreed.run] == [agreed.run], f"{site}: the run isn't closed")
@@ -155,11 +156,15 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
     commits = {(c.round, c.attempt): c for c in ledger.commits if c.run == agreed.run}
     approvers = {a.approver for a in facts.said(Acceptance) if a.site == site}
     for r in reserves.values():
-        found.expect((r.sampler, float(r.q), float(r.clip), float(r.sigma), r.planned_steps)
-                     == (m.sampler, m.q, m.clip, m.sigma, m.steps),
+        found.expect(r.charge == charge(agreed.mechanism(site, r.round)),
                      f"{site}: record {r.seq} reserved another mechanism than the contract's")
         found.expect((r.contract, r.code) == (agreed.digest, agreed.code_version) and r.approver in approvers,
                      f"{site}: record {r.seq} names another contract, code or approver")
+    for held in (held for held in ledger.encumbrances if held.run == agreed.run):
+        found.expect(held.schedule == schedule(agreed.plans(site)),
+                     f"{site}: record {held.seq} encumbered other rounds than the contract's")
+        found.expect(held.contract == agreed.digest and held.approver in approvers,
+                     f"{site}: record {held.seq} encumbered for another contract or approver")
     for s in (s for s in facts.said(RoundSite) if s.site == site):
         where = f"{site}: round {s.round}, attempt {s.attempt}"
         if found.expect((s.round, s.attempt) in reserves and (s.round, s.attempt) in commits,

@@ -75,10 +75,12 @@ def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
 def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = None, *, edit: Edit | None = None,
                  cap: float = 10.0, spent_before: int = 0, seal: bool = True,
                  ledger_mechanism: Callable[[Any], Any] = lambda m: m,
+                 encumbered: Callable[[Any], Any] = lambda plans: plans, refused: tuple[str, str] | None = None,
                  signers: Mapping[str, FileSigner] | None = None,
                  extract: Callable[[str, bytes], bytes] = lambda _, data: data) -> Path:
-    """Run the bookkeeping of a job and write its bundle. `edit` lies before signing; `ledger_mechanism` in the ledger;
-    `extract` in what a site shows of it; `spent_before`: rounds of an earlier run in every ledger."""
+    """Run the bookkeeping of a job and write its bundle. `edit` lies before signing; `ledger_mechanism` and
+    `encumbered` (the plans) in the ledger; `extract` in what a site shows of it; `spent_before`: rounds of an earlier
+    run in every ledger; `refused`: (code, what) that every site said no with."""
     agreed = agreed or contract(parties.signers)
     signers = signers or parties.signers
     private, secagg = agreed.privacy.trust != "none", agreed.secagg.enabled
@@ -103,10 +105,14 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
         if private:
             books[name] = Ledger.create(ledger_folder / f"{name}.jsonl", signers[name], lineage=lineage, unit=m.unit,
                                         adjacency=m.adjacency, delta=m.delta, cap=cap)
+            if spent_before:
+                books[name].encumber("cd" * 16, [[(m, spent_before)]], contract=sha("other"), approver="someone")
             for i in range(spent_before):
                 seq = books[name].reserve(m, run="cd" * 16, contract=sha("other"), round=i + 1, attempt=0,
                                           code="0.1.0", approver="someone")
                 books[name].commit(seq, m.steps)
+            plans = [[(ledger_mechanism(mechanism), n) for mechanism, n in plan] for plan in agreed.plans(name)]
+            books[name].encumber(agreed.run, encumbered(plans), contract=agreed.digest, approver=f"officer of {name}")
         say("acceptance", name, {
             "site": name, "lineage": lineage if private else "", "cap": decimal(cap) if private else "",
             "delta": decimal(m.delta), "trust": m.trust, "approver": f"officer of {name}",
@@ -116,7 +122,7 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
         transcript = sha("T3", round_, attempt) if secagg else ""
         where = {"round": round_, "attempt": attempt}
         for name in SITES:
-            m = agreed.mechanism(name)
+            m = agreed.mechanism(name, round_)
             seq, head, spent = 0, "", ""
             if private:
                 at = books[name].reserve(ledger_mechanism(m), run=agreed.run, contract=agreed.digest, code="0.1.0",
@@ -134,6 +140,8 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             "sites": list(SITES) if done else [], "adapter_in": adapter, "adapter_out": out, "transcript": transcript})
         adapter = out or adapter
     for name, book in books.items():
+        if refused:
+            book.refuse(refused[0], agreed.run, agreed.digest, refused[1])
         book.close_run(agreed.run)
         data = extract(name, book.extract(agreed.run))
         writer.add_ledger(name, data)

@@ -3,6 +3,7 @@
 import datetime
 import errno
 import os
+import types
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -19,8 +20,8 @@ LINEAGE, RUN, OTHER, CONTRACT = "1a" * 16, "2b" * 16, "3c" * 16, "4d" * 32
 class SelfSigner:
     """An Ed25519 key under a certificate of its own."""
 
-    def __init__(self) -> None:
-        self._key = Ed25519PrivateKey.generate()
+    def __init__(self, seed: bytes | None = None) -> None:
+        self._key = Ed25519PrivateKey.from_private_bytes(seed) if seed else Ed25519PrivateKey.generate()
         name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site")])
         start = datetime.datetime(2026, 1, 1)
         self.certificate = (x509.CertificateBuilder().subject_name(name).issuer_name(name)
@@ -43,7 +44,14 @@ def create(path, signer, *, cap=8.0, files=None, kind=Ledger, lineage=LINEAGE):
                        files=files)
 
 
-def reserve(ledger, round, *, run=RUN, attempt=0, **changes):
+def encumber(ledger, rounds=12, *, run=RUN, cap=None, **changes):
+    return ledger.encumber(run, [[(mechanism(**changes), rounds)]], contract=CONTRACT, approver="dr.a", cap=cap)
+
+
+def reserve(ledger, round, *, run=RUN, attempt=0, hold=True, **changes):
+    """hold: a run that has encumbered nothing yet encumbers a dozen such rounds first."""
+    if hold and run not in {e.run for e in ledger.summary().encumbrances}:
+        encumber(ledger, run=run, **changes)
     return ledger.reserve(mechanism(**changes), run=run, contract=CONTRACT, round=round, attempt=attempt, code="0.1.0",
                           approver="dr.a")
 
@@ -99,17 +107,17 @@ class NoSync(Disk):
 
 
 class Late(Ledger):
-    """Planted bug: a ledger that grants first and writes with the next record."""
+    """Planted bug: a ledger that grants first and writes later, or never."""
 
     def _append(self, body):
         if body.kind != "reserve":
             return super()._append(body)
-        files, self._files = self._files, FileLayer()
+        file = self._file
+        self._file = types.SimpleNamespace(append=lambda line: None)
         try:
-            self._files.append = lambda fd, data: setattr(self, "late", getattr(self, "late", b"") + data)
             return super()._append(body)
         finally:
-            self._files = files
+            self._file = file
 
 
 FULL, BROKEN = errno.ENOSPC, errno.EIO

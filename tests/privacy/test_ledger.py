@@ -21,7 +21,7 @@ from ledger_fixture import (
     NoSync,
     SelfSigner,
     create,
-    mechanism,
+    encumber,
     reserve,
 )
 
@@ -29,7 +29,7 @@ from privacy.accountant import Release, epsilon, round_up
 from privacy.canonical import canonical, digest
 from privacy.errors import CheckFailed, ConsiloError, Refused, UsageError
 from privacy.ledger import Head, Ledger, check_extract
-from privacy.ledger_chain import DOMAIN
+from privacy.ledger_records import V1, V2, domain
 
 SIGNER, RIVAL = SelfSigner(), SelfSigner()
 
@@ -40,7 +40,7 @@ def path(tmp_path):
 
 
 def filled(path, signer=SIGNER, *, lineage=LINEAGE):
-    """open, reserve, commit, reserve of another run, reserve, commit, close."""
+    """open, encumber, reserve, commit, encumber and reserve of another run, reserve, commit, close."""
     with create(path, signer, lineage=lineage) as ledger:
         ledger.commit(reserve(ledger, 1), 1)
         reserve(ledger, 1, run=OTHER)
@@ -91,28 +91,18 @@ def test_a_reserve_is_never_refunded(path):
 def test_cap_equality_is_granted_and_one_step_more_is_not(path, tmp_path):
     cap = round_up(epsilon([Release(0.5, 20.0, 3)], 1e-5))
     with create(path, SIGNER, cap=cap) as ledger:
-        assert ledger.planned_fits(mechanism(), 3) and not ledger.planned_fits(mechanism(), 4)
+        assert code_of(encumber, ledger, 4) == "budget.exhausted"
+        assert ledger.head.seq == 0 and encumber(ledger, 3).epsilon == str(cap)
         for n in range(1, 4):
             reserve(ledger, n)
         before = path.read_bytes()
-        assert code_of(reserve, ledger, 4) == "budget.exhausted"
+        assert code_of(reserve, ledger, 4) == "budget.not_encumbered"
         assert path.read_bytes() == before and ledger.remaining() == 0.0
-        assert code_of(reserve, ledger, 4) == "budget.exhausted"  # refused again, and still usable
-        ledger.commit(1, 1)
+        assert code_of(encumber, ledger, 1, run=OTHER) == "budget.exhausted"  # refused again, and still usable
+        ledger.commit(2, 1)
     with create(tmp_path / "tighter.jsonl", SIGNER, cap=cap - 1e-4) as ledger:
-        reserve(ledger, 1)
-        reserve(ledger, 2)
-        assert code_of(reserve, ledger, 3) == "budget.exhausted"
-
-
-def test_two_jobs_on_one_lineage_under_different_names_share_one_budget(path):
-    both = [Release(0.5, 20.0, 2), Release(0.25, 10.0, 1)]
-    with create(path, SIGNER, cap=round_up(epsilon(both, 1e-5))) as ledger:
-        reserve(ledger, 1)
-        reserve(ledger, 1, run=OTHER, q=0.25, sigma=10.0)
-        reserve(ledger, 2)
-        assert ledger.epsilon() == round_up(epsilon(both, 1e-5))
-        assert code_of(reserve, ledger, 2, run=OTHER) == "budget.exhausted"
+        assert code_of(encumber, ledger, 3) == "budget.exhausted"
+        encumber(ledger, 2)
 
 
 def test_duplicate_round_and_attempt_is_refused(path):
@@ -147,7 +137,7 @@ def test_a_closed_run_gets_nothing_more(path):
 def test_mechanisms_that_the_lineage_does_not_cover_are_refused(path):
     with create(path, SIGNER) as ledger:
         assert code_of(reserve, ledger, 1, trust="none", sigma=0.0) == "dp.unsupported"
-        assert code_of(ledger.planned_fits, mechanism(trust="none", sigma=0.0), 1) == "dp.unsupported"
+        assert code_of(encumber, ledger, trust="none", sigma=0.0) == "dp.unsupported"
         assert code_of(reserve, ledger, 1, delta=1e-6) == "ledger.mismatch"
         assert code_of(reserve, ledger, 1, sigma=0.01) == "budget.exhausted"  # infinite epsilon
         assert ledger.head.seq == 0
@@ -170,7 +160,7 @@ def test_malformed_ids_are_refused_before_anything_is_written(path):
             assert code_of(reserve, ledger, 1, **bad) == "config.invalid"
         assert code_of(reserve, ledger, 0) == "config.invalid"
         reserve(ledger, 1)
-    assert reopened(path).head.seq == 1
+    assert [r.round for r in reopened(path).reserves] == [1]
 
 
 def test_create_never_overwrites(path):
@@ -185,6 +175,7 @@ def test_cost_of_an_append_and_of_a_demo_reserve(path):
     """Targets: 1 ms, 60 ms. CPU time and medians, and loose: the machine is shared."""
     with create(path, SIGNER, cap=100.0) as ledger:
         commits, reserves = [], []
+        encumber(ledger, 11, sigma=1.55)
         for n in range(1, 12):
             start = time.process_time()
             seq = reserve(ledger, n, sigma=1.55)
@@ -210,15 +201,42 @@ def resigned(line: bytes, prev: bytes | None = None, **changes) -> bytes:
     record = json.loads(forged(line, **changes))
     if prev is not None:
         record = json.loads(forged(line, **changes, prev=json.loads(prev)["hash"]))
-    record["signature"] = base64.b64encode(SIGNER.sign(DOMAIN + bytes.fromhex(record["hash"]))).decode()
+    signed = domain(record["body"]["schema"]) + bytes.fromhex(record["hash"])
+    record["signature"] = base64.b64encode(SIGNER.sign(signed)).decode()
     return canonical(record)
 
 
+def rehung(lines, after: bytes, **changes) -> list[bytes]:
+    """The same records, signed anew behind another one (of which `changes` were changed)."""
+    out, prev = [], resigned(after, **changes)
+    for line in lines:
+        body = json.loads(line)["body"]
+        shift = json.loads(prev)["body"]["seq"] + 1 - body["seq"]
+        out.append(resigned(line, prev, seq=body["seq"] + shift,
+                            **({"reserve": body["reserve"] + shift} if "reserve" in body else {})))
+        prev = out[-1]
+    return out
+
+
+def appended(lines, **body) -> bytes:
+    """A record of any content behind the last one, signed."""
+    last = json.loads(lines[-1])
+    record = {"body": {"schema": V2, "seq": len(lines), "prev": last["hash"], **body}, "hash": "", "signature": ""}
+    return resigned(canonical(record))
+
+
+def older(line: bytes) -> bytes:
+    """A reserve as schema 1 wrote it."""
+    record = json.loads(line)
+    record["body"] = {k: v for k, v in record["body"].items() if k not in ("group", "sampled", "draws", "enforced")}
+    return canonical({**record, "body": record["body"] | {"schema": V1}})
+
+
 ATTACKS = {
-    "edited": lambda n: [*n[:1], n[1].replace(b'"sigma":"20.0"', b'"sigma":"90.0"'), *n[2:]],
-    "edited_and_rehashed": lambda n: [*n[:1], forged(n[1], sigma="90.0"), *n[2:]],
+    "edited": lambda n: [*n[:2], n[2].replace(b'"sigma":"20.0"', b'"sigma":"90.0"'), *n[3:]],
+    "edited_and_rehashed": lambda n: [*n[:2], forged(n[2], sigma="90.0"), *n[3:]],
     "cap_raised": lambda n: [forged(n[0], cap="80.0"), *n[1:]],
-    "edited_and_signed_in_the_middle": lambda n: [*n[:1], resigned(n[1], sigma="90.0"), *n[2:]],
+    "edited_and_signed_in_the_middle": lambda n: [*n[:2], resigned(n[2], sigma="90.0"), *n[3:]],
     "reordered": lambda n: [n[0], n[2], n[1], *n[3:]],
     "truncated_in_the_middle": lambda n: [*n[:3], *n[4:]],
     "truncated_at_the_front": lambda n: n[1:],
@@ -231,12 +249,28 @@ ATTACKS = {
     "extra_field_signed": lambda n: [*n[:-1], resigned(n[-1], note="x")],
     "number_as_json_number_signed": lambda n: [*n[:1], resigned(n[1], sigma=20)],
     "second_open_signed": lambda n: [*n, resigned(n[0], n[-1], seq=len(n))],
-    "duplicate_slot_signed": lambda n: [*n[:-1], resigned(n[1], n[-2], seq=len(n) - 1)],
-    "over_the_cap_signed": lambda n: [*n[:-1], resigned(n[1], n[-2], seq=len(n) - 1, round=9, epsilon="8.0001")],
-    "record_after_close_signed": lambda n: [*n, resigned(n[1], n[-1], seq=len(n), round=9)],
-    "commit_of_a_stranger_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1, reserve=3)],
-    "second_commit_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1)],
-    "impossible_q_signed": lambda n: [*n[:-1], resigned(n[1], n[-2], seq=len(n) - 1, round=9, q="1.5")],
+    "duplicate_slot_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1)],
+    "over_the_cap_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1, round=9, epsilon="8.0001")],
+    "record_after_close_signed": lambda n: [*n, resigned(n[2], n[-1], seq=len(n), round=9)],
+    "commit_of_a_stranger_signed": lambda n: [*n[:-1], resigned(n[3], n[-2], seq=len(n) - 1, reserve=5)],
+    "second_commit_signed": lambda n: [*n[:-1], resigned(n[3], n[-2], seq=len(n) - 1)],
+    "impossible_q_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1, round=9, q="1.5")],
+    "reserve_of_more_than_encumbered_signed": lambda n: [
+        n[0], resigned(n[1], plans=[[1]]), *rehung(n[2:], n[1], plans=[[1]])],
+    "reserve_of_another_mechanism_signed": lambda n: [*n[:-1], resigned(n[2], n[-2], seq=len(n) - 1, round=9, group=2)],
+    "reserve_without_encumbrance_signed": lambda n: [*n[:1], *rehung(n[2:], n[0])],
+    "encumbrance_over_the_cap_signed": lambda n: [n[0], resigned(n[1], epsilon="8.0001")],
+    "encumbered_twice_signed": lambda n: [*n[:2], resigned(n[1], n[1], seq=2)],
+    "encumbrance_of_no_rounds_signed": lambda n: [n[0], resigned(n[1], plans=[[0]])],
+    "encumbrance_of_ragged_plans_signed": lambda n: [n[0], resigned(n[1], plans=[[12], [11]])],
+    "encumbrance_with_an_impossible_q_signed": lambda n: [
+        n[0], resigned(n[1], classes=[json.loads(n[1])["body"]["classes"][0] | {"q": "1.5"}])],
+    "second_job_without_a_filter_signed": lambda n: [*n[:4], resigned(n[4], enforced="pld")],
+    "close_that_frees_another_number_signed": lambda n: [*n[:-1], resigned(n[-1], freed=9)],
+    "refusal_with_a_code_of_its_own_signed": lambda n: [*n[:-1], appended(n[:-1], kind="refusal", run=RUN, contract=CONTRACT,
+                                                                        code="data.person_17", what="job")],
+    "older_schema_after_a_newer_signed": lambda n: [*n[:2], resigned(older(n[2]))],
+    "older_schema_with_newer_fields_signed": lambda n: [resigned(n[0]), resigned(n[1], schema=V1)],
     "long_line": lambda n: [*n[:-1], resigned(n[-1], pad="x" * 20_000)],
     "empty": lambda n: [],
 }
@@ -258,7 +292,8 @@ def test_the_attacks_start_from_a_sound_ledger_and_signing_alone_is_no_attack(pa
     filled(path)
     lines = path.read_bytes().splitlines()
     assert check_extract(b"".join(line + b"\n" for line in [*lines[:-1], resigned(lines[-1])]), SIGNER.certificate)
-    extra = resigned(lines[1], lines[-2], seq=len(lines) - 1, round=9)
+    extra = resigned(lines[2], lines[-2], seq=len(lines) - 1, round=9, enforced="pld+filter")
+    assert [*lines[:1], *rehung(lines[1:], lines[0])] == lines
     assert check_extract(b"".join(line + b"\n" for line in [*lines[:-1], extra]), SIGNER.certificate)
 
 
@@ -337,9 +372,10 @@ def check_order(path, disk=Disk, kind=Ledger):
     """When `reserve` returns, the last system call was a finished sync and nothing waits."""
     files = disk()
     with create(path, SIGNER, files=files, kind=kind) as ledger:
+        encumber(ledger)
         for n in range(1, 4):
             files.events.clear()
-            reserve(ledger, n)
+            reserve(ledger, n, hold=False)
             assert files.events == ["write", "write", "fsync", "done"]
             assert files.synced == path.stat().st_size
             assert check_extract(path.read_bytes(), SIGNER.certificate).reserves[-1].round == n
@@ -383,7 +419,7 @@ def test_case_25_after_a_failed_write_nothing_is_granted_until_reopened(path):
         assert code_of(call) == "ledger.unusable"
     ledger.close()
     with Ledger.open(path, SIGNER) as again:
-        assert again.head.seq == 1
+        assert again.head.seq == seq
         reserve(again, 2)
     assert len(reopened(path).reserves) == 2
 
@@ -405,7 +441,7 @@ def test_case_25_a_torn_line_that_cannot_be_cut_off_grants_nothing(path):
     assert code_of(Ledger.open, path, SIGNER, Disk(1, BROKEN)) == "ledger.write_failed"
     with pytest.raises(Crash):
         Ledger.open(path, SIGNER, Disk(1))
-    assert reopened(path).head.seq == 5  # and the lease was given back both times
+    assert reopened(path).head.seq == 7  # and the lease was given back both times
     assert code_of(create, path.parent / "no" / "folder.jsonl", SIGNER) == "ledger.write_failed"
 
 
@@ -482,12 +518,12 @@ def test_extract_shows_one_run_and_only_hashes_of_the_others(path):
     summary = check_extract(extract, SIGNER.certificate)
     assert (summary.head, summary.lineage, summary.cap, summary.delta) == (head, LINEAGE, 8.0, 1e-5)
     assert [(r.run, r.round, r.contract) for r in summary.reserves] == [(RUN, 1, CONTRACT)]
-    assert [(c.reserve, c.executed_steps) for c in summary.commits] == [(2, 1)]
-    assert [c.run for c in summary.closes] == [RUN] and summary.commitments == 2
+    assert [(c.reserve, c.executed_steps) for c in summary.commits] == [(4, 1)]
+    assert [c.run for c in summary.closes] == [RUN] and summary.commitments == 3
     assert summary.closes[0].head_epsilon == str(round_up(epsilon([Release(0.5, 20.0, 3)], 1e-5)))
-    assert check_extract(all_of_other, SIGNER.certificate).commitments == 3
+    assert check_extract(all_of_other, SIGNER.certificate).commitments == 4
     lines = extract.splitlines()
-    for attack in (lines[:1] + lines[2:], [*lines[:1], canonical({"seq": 1, "hash": "0" * 64}), *lines[2:]],
+    for attack in (lines[:1] + lines[2:], [*lines[:2], canonical({"seq": 2, "hash": "0" * 64}), *lines[3:]],
                    [canonical({"seq": 0, "hash": json.loads(lines[0])["hash"]}), *lines[1:]],
                    [*lines[:1], canonical({"seq": 1, "hash": json.loads(lines[1])["hash"].upper()}), *lines[2:]],
                    [*lines[:1], canonical({"seq": "1", "hash": json.loads(lines[1])["hash"]}), *lines[2:]], []):

@@ -18,6 +18,8 @@ from evidence_fixture import RUN, SITES, Consortium, contract, reseal, sha, stat
 
 import privacy.bundle
 import privacy.ledger
+import privacy.ledger_chain
+import privacy.ledger_records
 from privacy.bundle import MANIFEST, BundleWriter, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, Refused, UsageError
 from privacy.identity import Role
@@ -209,8 +211,59 @@ def test_ledger_and_closing_withheld(parties: Consortium, tmp_path: Path) -> Non
 
 
 def test_more_rounds_than_agreed(parties: Consortium, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, rounds=2))
-    assert_fails(verify_bundle(bundle, parties.fingerprint), "rounds", "more rounds")
+    bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, rounds=2), encumbered=one_round_more)
+    verdict = verify_bundle(bundle, parties.fingerprint)
+    assert_fails(verdict, "rounds", "more rounds")
+    assert_fails(verdict, "ledgers", "encumbered other rounds")
+
+
+def one_round_more(plans: list[list[tuple[Any, int]]]) -> list[list[tuple[Any, int]]]:
+    return [[(m, n + 1) for m, n in plan] for plan in plans]
+
+
+@pytest.mark.parametrize("plans", [
+    one_round_more, lambda plans: [[*plans[0], (dataclasses.replace(plans[0][0][0], q=0.25), 1)]]])
+def test_encumbered_other_rounds_than_the_contract_has(plans: Any, parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, encumbered=plans)
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "ledgers", "encumbered other rounds")
+
+
+@pytest.mark.parametrize("planted", ["no encumbrance", "fewer rounds", "nothing freed"])
+def test_ledger_of_a_site_that_does_not_encumber(planted: str, parties: Consortium, tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """A modified client: chain and signatures are its own and hold, the rule is broken."""
+    with monkeypatch.context() as site:
+        site.setattr(privacy.ledger_chain.Chain, "_reserve", lambda chain, body: (
+            chain.reserves.update({body.seq: body}), chain.slots.add((body.run, body.round, body.attempt))))
+        site.setattr(privacy.ledger_records.Schedule, "covers", lambda *_: True)
+        if planted == "no encumbrance":
+            site.setattr(Ledger, "encumber", lambda *_, **__: None)
+            site.setattr(Ledger, "reserve", _reserve_anyway)
+        plans = (lambda p: [[(m, 1) for m, n in plan] for plan in p]) if planted == "fewer rounds" else (lambda p: p)
+        bundle = write_bundle(tmp_path / "b", parties, encumbered=plans)
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "ledgers", "ledger.broken")
+
+
+def _reserve_anyway(self: Ledger, m: Any, **names: Any) -> int:
+    asked = privacy.ledger_records.charge(m)
+    return self._append(self._next(
+        privacy.ledger_records.Reserve, **names, **asked.model_dump(), accountant="x", epsilon="1.0", enforced="pld"))
+
+
+def test_phases_are_charged_each_with_its_own_mechanism(parties: Consortium, tmp_path: Path) -> None:
+    phases = [{"rounds": 1, "q": 0.5}, {"rounds": 2, "q": 0.25, "noise": 1.5}]
+    agreed = contract(parties.signers, schedule=phases)
+    verdict = verify_bundle(write_bundle(tmp_path / "b", parties, agreed), parties.fingerprint)
+    assert verdict.verdict == "PASS", verdict.as_dict()
+    first = agreed.mechanism("clinic-a")
+    flat = write_bundle(tmp_path / "c", parties, agreed, ledger_mechanism=lambda m: first)
+    assert_fails(verify_bundle(flat, parties.fingerprint), "ledgers", "another mechanism")
+
+
+def test_refusals_in_the_ledger_are_evidence_and_no_failure(parties: Consortium, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", parties, refused=("site.adapter_invalid", "round"))
+    assert verify_bundle(bundle, parties.fingerprint).verdict == "PASS"
+    assert b'"code":"site.adapter_invalid"' in (bundle / "ledgers/clinic-a.jsonl").read_bytes()
 
 
 def test_transcript_without_secure_aggregation(parties: Consortium, tmp_path: Path) -> None:
