@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conf.settings import Settings
 from privacy import __version__
-from privacy.calibration import calibrate_sigma
+from privacy.calibration import calibrate_schedule
 from privacy.contract import (
     Contract,
     DataTerms,
@@ -51,9 +51,8 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
         lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,
         privacy=_privacy(settings), secagg=_secagg(settings, len(names)),
         sites=tuple(_site(settings, name, signers[name]) for name in names))
-    for name in names:
-        contract.mechanism(name)
-    return validate(Contract, contract.model_dump(mode="json"))
+    sites = tuple(s.model_copy(update={"sigma": _sigma(settings, contract, s)}) for s in contract.sites)
+    return validate(Contract, contract.model_copy(update={"sites": sites}).model_dump(mode="json"))
 
 
 def _privacy(settings: Settings) -> PrivacyTerms:
@@ -80,11 +79,16 @@ def _site(settings: Settings, name: str, signer: str) -> SiteTerms:
     if delta >= 1 / declared.n_decl:
         raise UsageError("dp.parameter", f"delta = {delta} is not below 1 / {declared.n_decl} at {name}.",
                          "Leave privacy.delta null, or lower it.")
-    sigma = 0.0
-    if p.epsilon is not None:
-        steps = (p.rounds + p.retries) * p.local_steps
-        sigma = p.sigma if p.sigma is not None else calibrate_sigma(p.q, steps, delta, p.epsilon)
+    sigma = 0.0 if p.trust == "none" else p.sigma or 1.0
     return SiteTerms(name=name, signer=signer, n_decl=declared.n_decl, weight=declared.weight, delta=delta, sigma=sigma)
+
+
+def _sigma(settings: Settings, draft: Contract, site: SiteTerms) -> float:
+    """The one given, or the least with which every way of spending the rounds and retries keeps epsilon. Building the
+    draft's mechanisms refuses what no mechanism may have; with its sigma of 1, theirs is the schedule's noise."""
+    plans = [[(m.q, m.sigma, m.steps * rounds, m.group) for m, rounds in plan] for plan in draft.plans(site.name)]
+    p = settings.privacy
+    return site.sigma if p.epsilon is None or p.sigma is not None else calibrate_schedule(plans, site.delta, p.epsilon)
 
 
 def _labels(settings: Settings) -> tuple[str, ...]:

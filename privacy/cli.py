@@ -34,17 +34,20 @@ def account_command(q: Annotated[float, typer.Option("--q", help="Sampling proba
                     sigma: Annotated[float, typer.Option("--sigma", help="Noise multiplier, relative to the clip.")],
                     steps: Annotated[int, typer.Option("--steps", help="Noisy steps.", min=1)],
                     delta: Annotated[float, typer.Option("--delta", help="Delta of the guarantee.")],
+                    group: Annotated[int, typer.Option("--group", min=1, help=(
+                        "Sampled items that a privacy unit owns at most."))] = 1,
                     as_json: Json = False) -> None:
     """Epsilon of a Poisson-subsampled Gaussian under add/remove adjacency, rounded up.
 
-    With the extras installed dp-accounting answers and Opacus (PRV) and RDP cross-check; otherwise the project's own.
+    With the extras installed dp-accounting answers (for a group it takes a minute) and Opacus (PRV) and RDP cross-check
+    where they can, which for a group they can't; otherwise the project's own.
     """
     from privacy import accountant, crosscheck
     from privacy.calibration import finite
 
     if not sigma > 0:
         raise UsageError("dp.parameter", f"sigma = {sigma} is not > 0.", "Set sigma > 0.")
-    releases = [accountant.Release(q, sigma, steps)]
+    releases = [accountant.Release(q, sigma, steps, group)]
     total, name, cross = finite(accountant.epsilon(releases, delta)), accountant.NAME, None
     if crosscheck.available():
         total, name = crosscheck.pld(releases, delta), crosscheck.pld_name()
@@ -67,20 +70,26 @@ def plan_command(
         sigma: Annotated[float | None, typer.Option("--sigma", help="Noise multiplier: epsilon is told.")] = None,
         delta: Annotated[float | None, typer.Option(
             "--delta", help="Delta; default min(1e-5, 1 / (10 records)).")] = None,
+        unit: Annotated[str, typer.Option("--unit", help="Who is protected: record, or person.")] = "record",
+        k_max: Annotated[int | None, typer.Option("--k-max", help=(
+            "With --unit person: records are sampled, at most so many of a person's. Without it persons are sampled "
+            "whole, and --records counts persons."))] = None,
         as_json: Json = False) -> None:
     """What a budget buys, before any of it is spent.
 
     noise_to_signal is the standard deviation of the noise in one step's mean, along any one direction, as a fraction of
     the clip norm: sigma / (q * records). d parameters carry sqrt(d) times as much in all; T steps average it down by
-    sqrt(T).
+    sqrt(T). epsilon_at has the same noise's epsilon at other deltas.
     """
     from privacy.calibration import plan
 
     if (batch is None) == (q is None):
         raise UsageError("cli.usage", "A plan needs --batch or --q, and not both.", "Give one of the two.")
     p = plan(records=records, q=q if q is not None else (batch or 0.0) / records, steps=rounds * local_steps,
-             delta=delta, epsilon=epsilon, sigma=sigma)
-    emit(p.as_dict(), as_json, _table([p.as_dict()]))
+             delta=delta, epsilon=epsilon, sigma=sigma, unit=unit, k_max=k_max)
+    row = {key: value for key, value in p.as_dict().items() if key != "epsilon_at"}
+    others = _table([{"delta": at, "epsilon": value} for at, value in p.epsilon_at.items()])
+    emit(p.as_dict(), as_json, f"{_table([row])}\n{others}")
 
 
 @ledger_app.command("show")

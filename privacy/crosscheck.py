@@ -1,6 +1,7 @@
 """Other people's accountants, to check the project's own: dp-accounting (PLD, RDP) and Opacus (PRV).
 
-They come with the extras and are imported when called. All take the same releases, under add/remove adjacency.
+They come with the extras and are imported when called. All take the same releases, under add/remove adjacency; groups
+are known to the first alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def pld_name() -> str:
 
 
 def pld(releases: Iterable[Release], delta: float) -> float:
-    """dp-accounting's privacy loss distributions, interval 1e-4, pessimistic. Raises UsageError `install.extra`."""
+    """dp-accounting's privacy loss distributions, interval 1e-4, pessimistic; groups included, in half a minute a class.
+    Raises UsageError `install.extra`."""
     _require()
     from dp_accounting.pld import PLDAccountant
 
@@ -38,16 +40,20 @@ def pld(releases: Iterable[Release], delta: float) -> float:
 
 
 def rdp(releases: Iterable[Release], delta: float) -> float:
-    """dp-accounting's Renyi accountant at its default orders: valid, and 7 to 70 % loose."""
+    """dp-accounting's Renyi accountant at its default orders: valid, and 7 to 70 % loose. Raises UsageError
+    `install.extra`; CheckFailed `dp.cross_check` for groups."""
     _require()
     from dp_accounting.rdp import RdpAccountant
 
+    releases = list(releases)
+    _alone(releases)
     return _spent(RdpAccountant(), releases, delta)
 
 
 def prv(releases: Iterable[Release], delta: float) -> float:
     """Opacus' privacy random variables, upper bound. Raises UsageError `install.extra`; CheckFailed
-    `dp.cross_check` where Opacus finds its own discretisation too coarse, or epsilon is beyond its reach."""
+    `dp.cross_check` for groups, where Opacus finds its own discretisation too coarse, and where epsilon is beyond its
+    reach."""
     _require()
     from opacus.accountants import PRVAccountant
 
@@ -67,12 +73,27 @@ def prv(releases: Iterable[Release], delta: float) -> float:
 
 
 def _spent(accountant: Any, releases: Iterable[Release], delta: float) -> float:
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-
     for r in releases:
         if r.steps:
-            accountant.compose(PoissonSampledDpEvent(r.q, GaussianDpEvent(r.sigma)), r.steps)
+            accountant.compose(_event(r), r.steps)
     return float(accountant.get_epsilon(delta))
+
+
+def _event(r: Release) -> Any:
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+    from dp_accounting.dp_event import MixtureOfGaussiansDpEvent
+    from scipy.stats import binom
+
+    if r.group == 1:
+        return PoissonSampledDpEvent(r.q, GaussianDpEvent(r.sigma))
+    items = range(r.group + 1)
+    return MixtureOfGaussiansDpEvent(r.sigma, items, binom.pmf(items, r.group, r.q))
+
+
+def _alone(releases: Iterable[Release]) -> None:
+    if any(r.group > 1 for r in releases if r.steps):
+        raise CheckFailed("dp.cross_check", "This accountant knows no units that own several sampled items.",
+                          "Compare with dp-accounting's privacy loss distributions.")
 
 
 def _require() -> None:

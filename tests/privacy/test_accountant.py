@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import ndtr
 
-from privacy import accountant, crosscheck
+from privacy import accountant, crosscheck, pld
 from privacy.accountant import Release, decimal_up, delta_at, epsilon, round_up
 from privacy.errors import CheckFailed, UsageError
 
@@ -26,7 +26,7 @@ COARSE = 1e-3
 def _fresh_cache():
     accountant._epsilon.cache_clear()
     yield
-    accountant._steps.cache_clear()
+    pld._steps.cache_clear()
     accountant._epsilon.cache_clear()
 
 
@@ -198,7 +198,7 @@ def test_cost_of_an_evaluation():
 
 def test_planted_rounding_down_is_caught(monkeypatch):
     """All mass at the lower end of its cell: epsilon would be an estimate from below."""
-    honest = accountant._connect
+    honest = pld._connect
 
     def low(first, p, q, p_tail, q_tail, below, above, h):
         step = honest(first, p, q, p_tail, q_tail, below, above, h)
@@ -206,28 +206,28 @@ def test_planted_rounding_down_is_caught(monkeypatch):
         step.pmf[0] += below
         return step
 
-    monkeypatch.setattr(accountant, "_connect", low)
-    accountant._steps.cache_clear()
+    monkeypatch.setattr(pld, "_connect", low)
+    pld._steps.cache_clear()
     with pytest.raises(AssertionError):
         check_never_below_exact()
 
 
 def test_planted_single_direction_is_caught(monkeypatch):
     """Only 'a unit is added': the bound is too low for the unit that leaves."""
-    both = accountant._both
-    monkeypatch.setattr(accountant, "_both", lambda classes, interval: both(classes, interval)[1:])
+    both = accountant.compose
+    monkeypatch.setattr(accountant, "compose", lambda classes, interval: both(classes, interval)[1:])
     with pytest.raises(AssertionError):
         check_goldens()
 
 
 def test_planted_wrapped_tail_is_caught(monkeypatch):
     """A window half as wide wraps the right tail to small losses without charging for it."""
-    window = accountant._window
+    window = pld._window
 
     def narrow(steps, counts, h):
         first, last = window(steps, counts, h)
         return first, first + (last - first) // 2
 
-    monkeypatch.setattr(accountant, "_window", narrow)
+    monkeypatch.setattr(pld, "_window", narrow)
     with pytest.raises(AssertionError):
         check_goldens()
