@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import random
 import subprocess
 import tarfile
 import zipfile
@@ -149,7 +150,11 @@ def test_too_many_members(index: Index, monkeypatch: pytest.MonkeyPatch) -> None
     refused(index, "fetch.archive")
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", tgz(GOOD)[:60], tgz(GOOD)[:20] + b"\xff" * 200])
+LARGE = tgz({"package/data/ham/1.txt": random.Random(0).randbytes(200_000)})
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", tgz(GOOD)[:60], tgz(GOOD)[:20] + b"\xff" * 200,
+                                     LARGE[:100_000], LARGE[:100_000] + b"\xff" * 50_000 + LARGE[150_000:]])
 @pytest.mark.parametrize("kind", ["npm", "pypi"])
 def test_damaged_archive(index: Index, content: bytes, kind: str) -> None:
     index.serve(content, index=kind)
