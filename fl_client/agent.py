@@ -23,6 +23,25 @@ from privacy.secagg.peers import certificate_check
 
 log = logging.getLogger("consilo.agent")
 TRAIN_LIMIT_S = 3600.0
+LEDGER = "ledger.jsonl"
+
+
+def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> None:
+    """Compare the contract with the policy and this site's certificate; a refusal is recorded in the site's ledger.
+
+    Raises Refused `policy.<what>`, `contract.certificate`, `contract.epsilon`, `data.floor`.
+    """
+    try:
+        accept(contract, site, policy)
+        if signer.fingerprint != contract.site(site).signer:
+            raise Refused("contract.certificate", "The contract names another certificate for this site.",
+                          "Ask for a contract with this site's current certificate.")
+    except ConsiloError as e:
+        path = folder / LEDGER
+        if e.code in REFUSALS and path.exists() and path.stat().st_size:
+            with Ledger.open(path, signer) as ledger:
+                ledger.refuse(e.code, contract.run, contract.digest, "job")
+        raise
 
 
 def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> Ledger | None:
@@ -35,7 +54,7 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
     mechanism = contract.mechanism(site)
     if not mechanism.private:
         return None
-    path = folder / "ledger.jsonl"
+    path = folder / LEDGER
     if path.exists() and path.stat().st_size:
         ledger = Ledger.open(path, signer)
     else:
@@ -60,13 +79,10 @@ class Agent:
         site = settings.site
         self.contract = load_contract(read_file(Path(site.contract)))
         policy = load_policy(Path(site.policy))
-        accept(self.contract, site.name, policy)
         certificates, state = Path(site.certificates), Path(site.state)
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
         signer = FileSigner(Path(site.keys) / "sign.key", certificates / "sign.pem")
-        if signer.fingerprint != self.contract.site(site.name).signer:
-            raise Refused("contract.certificate", "The contract names another certificate for this site.",
-                          "Ask for a contract with this site's current certificate.")
+        approve(self.contract, site.name, policy, signer, state)
         trust = TrustStore.load(certificates / "trust")
         self._journal = SiteJournal(state / "rounds.jsonl")
         self._ledger = open_ledger(self.contract, site.name, policy, signer, state)

@@ -18,12 +18,12 @@ CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER
 class Replies:
     """A byte-identical repetition of a stage's message gets the stored reply; nothing is computed twice for it.
 
-    on_abort: called when a handler raises Aborted, before the refusal leaves.
+    on_abort: called when a handler raises Aborted; on_refusal: with the code of every refusal; before it leaves.
     """
 
-    def __init__(self, on_abort: Callable[[], None]) -> None:
+    def __init__(self, on_abort: Callable[[], None], on_refusal: Callable[[SiteCode], None]) -> None:
         self._stored: dict[str, tuple[bytes, Reply]] = {}
-        self._on_abort = on_abort
+        self._on_abort, self._on_refusal = on_abort, on_refusal
 
     def forget(self, prefix: str) -> None:
         """Drop the replies to stages whose name begins so."""
@@ -39,12 +39,16 @@ class Replies:
                 return self._stored[name][1]
             try:
                 reply = unwrap(handler(body, arrays))
+            except StageRefused as e:
+                self._on_refusal(e.code)
+                raise
             except ConsiloError as e:
                 log.error("%s refused here: %s", name, e)
                 if isinstance(e, Aborted):
                     self._on_abort()
-                fallback = SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED
-                raise StageRefused(CODES.get(e.code, fallback)) from e
+                code = CODES.get(e.code, SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED)
+                self._on_refusal(code)
+                raise StageRefused(code) from e
             self._stored[name] = (key, reply)
             return reply
 

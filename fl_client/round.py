@@ -26,6 +26,7 @@ from privacy.contract import Contract, Terms, validate
 from privacy.errors import Refused, SiteCode, UsageError
 from privacy.identity import Signer
 from privacy.ledger import Ledger
+from privacy.ledger_records import REFUSALS
 from privacy.secagg import transcript as tr
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import CheckCertificate
@@ -54,7 +55,7 @@ class SiteRound:
         self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
         self._session: SiteSession | PlainSite | None = None
         self._encoded: NDArray[np.uint32] = NOTHING
-        self._replies = Replies(on_abort=self._drop_round)
+        self._replies = Replies(self._drop_round, self._record)
         self._statements = SiteStatements(contract, site, signer, ledger)
         if contract.privacy.trust != "none" and ledger is None:
             raise Refused("ledger.missing", "A private contract needs a ledger.", "Open the site's ledger first.")
@@ -149,6 +150,12 @@ class SiteRound:
         """Forget the attempt: its session, its update and its replies (those to queries stay)."""
         self._session, self._encoded = None, NOTHING
         self._replies.forget("train.")
+
+    def _record(self, code: SiteCode) -> None:
+        """A refusal that says something about the coordinator goes into the ledger, once each."""
+        closed = self._ledger is None or any(c.run == self.contract.run for c in self._ledger.summary().closes)
+        if self._ledger is not None and not closed and code.value in REFUSALS:
+            self._ledger.refuse(code.value, self.contract.run, self.contract.digest, "round")
 
     def _live(self) -> SiteSession | PlainSite:
         if self._session is None:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from conf.settings import Settings, SiteDeclaration
-from fl_client.agent import open_ledger
+from fl_client.agent import approve, open_ledger
 from fl_client.journal import SiteJournal
 from fl_client.link import build_app
-from fl_client.policy import SitePolicy, accept
+from fl_client.policy import SitePolicy
 from fl_client.round import SiteRound
 from fl_client.training import LocalTrainer
 from fl_server.assemble import make_run, site_certificates
@@ -64,8 +64,8 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
         for index, (name, site) in enumerate(sorted(settings.data.sites.items())):
             own = (state or folder) / name
             own.mkdir(parents=True, exist_ok=True)
-            accept(contract, name, policy)
             signer = _signer(folder, name)
+            approve(contract, name, policy, signer, own)
             ledger = open_ledger(contract, name, policy, signer, own)
             journal = SiteJournal(own / "rounds.jsonl")
             stack.callback(journal.close)

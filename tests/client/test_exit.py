@@ -58,7 +58,7 @@ def test_private_update_without_a_charge(tiny_contract: Any) -> None:
 
 @pytest.mark.parametrize("returned", [(b"body", {}), b"body", {"loss": 0.3}, None])
 def test_a_handler_that_returns_anything_else_sends_a_code_only(returned: Any) -> None:
-    handler = Replies(on_abort=lambda: None).once("train.update", lambda body, arrays: returned)
+    handler = Replies(lambda: None, lambda code: None).once("train.update", lambda body, arrays: returned)
     with pytest.raises(StageRefused) as caught:
         handler(b"", {})
     assert caught.value.code is SiteCode.FAILED

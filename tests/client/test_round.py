@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fl_client.agent import approve, open_ledger
 from fl_client.app import StageRefused
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept
@@ -61,9 +62,7 @@ class Site:
             "secagg": {"threshold": 3, "range": 10.0},
             "sites": [{"name": f"s{i}", "signer": s.fingerprint, "n_decl": 100, "delta": 1e-5,
                        "sigma": 0.0 if trust_none else 1.0} for i, s in enumerate(self.signers)]}))
-        self.ledger: Ledger | None = None if trust_none else Ledger.create(
-            folder / "ledger.jsonl", self.signers[0], lineage="cd" * 16, unit="record", adjacency="add_remove", delta=1e-5,
-            cap=8.0)
+        self.ledger: Ledger | None = open_ledger(self.contract, "s0", POLICY, self.signers[0], folder)
         self.trainer, self.journal = StubTrainer(), SiteJournal(folder / "rounds.jsonl")
         self.adapter = initial(SPEC, self.contract.lora.seed)
         self.handlers = self._handlers()
@@ -92,10 +91,10 @@ class Site:
         return bytes(self.handlers["train.update"](body, {"adapter": vector})[0])
 
     def refusal(self, body: bytes, adapter: Any = None) -> SiteCode:
-        before = self.ledger.head if self.ledger else None
+        before = self.ledger.summary().reserves if self.ledger else None
         with pytest.raises(StageRefused) as caught:
             self.update(body, adapter)
-        assert (self.ledger.head if self.ledger else None) == before, "a refusal spends nothing"
+        assert (self.ledger.summary().reserves if self.ledger else None) == before, "a refusal spends nothing"
         return caught.value.code
 
 
@@ -113,6 +112,23 @@ def site(tmp_path: Path) -> Site:
 def test_attack_offer_with_each_field_changed(site: Site, field: str, value: Any, code: SiteCode) -> None:
     assert site.refusal(site.offer(**{field: value})) is code
     assert site.trainer.rounds == 0
+
+
+def test_a_refusal_is_recorded_once_and_signed(site: Site) -> None:
+    for _ in range(3):
+        site.refusal(site.offer(bits=8))
+    assert [(r.code, r.what) for r in site.ledger.summary().refusals] == [("site.contract_mismatch", "round")]  # type: ignore[union-attr]
+    site.refusal(b"{}")
+    assert len(site.ledger.summary().refusals) == 1, "noise on the line is no event"  # type: ignore[union-attr]
+
+
+def test_a_refused_contract_is_recorded_in_the_sites_ledger(site: Site) -> None:
+    site.ledger.close()  # type: ignore[union-attr]
+    other = site.contract.model_copy(update={"run": "cd" * 16, "rule": site.contract.rule.model_copy(update={"name": "x"})})
+    with pytest.raises(Refused, match=r"policy\.rule"):
+        approve(other, "s0", POLICY, site.signers[0], site.folder)
+    with Ledger.open(site.folder / "ledger.jsonl", site.signers[0]) as ledger:
+        assert [(r.code, r.run, r.what) for r in ledger.summary().refusals] == [("policy.rule", "cd" * 16, "job")]
 
 
 def test_attack_smaller_cohort_or_another_member(site: Site) -> None:

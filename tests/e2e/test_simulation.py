@@ -138,28 +138,24 @@ def test_attack_abort_storm_ends_with_the_retries_and_every_attempt_is_charged(o
 
 
 def test_a_second_job_beyond_the_cap_is_refused_before_anything_is_spent(overrides: Make, tmp_path: Path) -> None:
-    """Same data, same lineage, another run: what the first job spent is still spent."""
-    from shutil import copytree
-
+    """Same data, same lineage, another run under another name: what the first job holds is not there for it."""
     from fl_client.agent import open_ledger
     from fl_client.policy import SitePolicy
 
-    outcome = run(overrides(), state=tmp_path / "state")
-    assert max(float(e) for e in outcome.result.epsilon.values()) <= 8.0
-    copytree(tmp_path / "state", tmp_path / "before")
-    contract = outcome.contract.model_copy(update={"run": "f" * 32})
-    signer = _Signer()
-    policy = SitePolicy(approver="test", max_epsilon=8.0)
+    contract = run(overrides()).contract
+    policy, signer, twice = SitePolicy(approver="test", max_epsilon=8.0), _Signer(), contract.privacy.rounds
     first = open_ledger(contract, "site-a", policy, signer, tmp_path)
     assert first is not None
-    for k in range(2):
-        first.reserve(contract.mechanism("site-a"), run="e" * 32, contract=contract.digest, round=k + 1, attempt=0,
+    for k in range(twice):
+        first.reserve(contract.mechanism("site-a"), run=contract.run, contract=contract.digest, round=k + 1, attempt=0,
                       code="0", approver="test")
+    spent = first.epsilon()
     first.close()
-    size = (tmp_path / "ledger.jsonl").stat().st_size
     with pytest.raises(Refused, match=r"budget\.exhausted"):
-        open_ledger(contract, "site-a", policy, signer, tmp_path)
-    assert (tmp_path / "ledger.jsonl").stat().st_size == size
+        open_ledger(contract.model_copy(update={"run": "f" * 32}), "site-a", policy, signer, tmp_path)
+    again = open_ledger(contract, "site-a", policy, signer, tmp_path)
+    assert again is not None and again.epsilon() == spent
+    again.close()
 
 
 class _Signer:
