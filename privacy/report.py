@@ -99,7 +99,7 @@ def _rounds(facts: Facts, agreed: Contract) -> dict[str, Any]:
 
 
 def _incidents(facts: Facts, agreed: Contract) -> list[dict[str, Any]]:
-    """Void attempts, sites missing from a sum, charges without any statement."""
+    """Void attempts, sites missing from a sum, charges without any statement, refusals (of no round in particular)."""
     names = {s.name for s in agreed.sites}
     found: list[dict[str, Any]] = []
     for r in facts.said(Round):
@@ -115,6 +115,13 @@ def _incidents(facts: Facts, agreed: Contract) -> list[dict[str, Any]]:
                 unsigned.setdefault((charge.round, charge.attempt), []).append(site)
     found += [{"kind": "unsigned", "round": round_, "attempt": attempt, "reason": "", "sites": sites}
               for (round_, attempt), sites in unsigned.items()]
+    refused: dict[str, list[str]] = {}
+    for site, ledger in facts.ledgers.items():
+        for refusal in ledger.refusals:
+            if refusal.run == agreed.run:
+                refused.setdefault(refusal.code, []).append(site)
+    found += [{"kind": "refused", "round": 0, "attempt": 0, "reason": code, "sites": sorted(set(sites))}
+              for code, sites in sorted(refused.items())]
     return sorted(found, key=lambda i: (i["round"], i["attempt"]))
 
 
@@ -146,13 +153,14 @@ def _with_privacy(report: dict[str, Any], facts: Facts, agreed: Contract) -> tup
 def _site(facts: Facts, agreed: Contract, name: str) -> dict[str, Any]:
     ledger, spending, terms = facts.ledgers[name], facts.spending[name], agreed.site(name)
     own, others = _own(facts, agreed, name), ledger.commitments > 0 or any(r.run != agreed.run for r in ledger.reserves)
-    mechanism = Release(agreed.privacy.q, terms.sigma, agreed.privacy.local_steps)
+    last = agreed.mechanism(name, agreed.privacy.rounds)
+    one = Release(last.q, last.sigma, last.steps, last.group)
     return {"name": name, "organisation": facts.peers[name].organisation, "n_decl": terms.n_decl,
             "sigma": f"{terms.sigma:g}", "delta": _delta(ledger.delta), "charges": len(own),
             "spent": _up(spending.spent), "run_alone": decimal_up(spending.alone), "cap": _up(ledger.cap),
             "remaining": str(max(Decimal(0), Decimal(repr(ledger.cap)) - Decimal(_up(spending.spent)))),
             "other_runs": others,
-            "rounds_left": None if others else _rounds_left(own, mechanism, ledger.cap, ledger.delta),
+            "rounds_left": None if others else _rounds_left(own, one, ledger.cap, ledger.delta),
             "at_other_deltas": {_delta(d): decimal_up(epsilon(own, d, interval=COARSE))
                                 for d in (ledger.delta / 10, ledger.delta / 1000)}}
 
@@ -162,11 +170,11 @@ def _own(facts: Facts, agreed: Contract, site: str) -> list[Release]:
 
 
 def _rounds_left(spent: Sequence[Release], one: Release, cap: float, delta: float) -> int:
-    """How many more rounds like these fit under the cap; MAX_ROUNDS_LEFT if at least as many."""
+    """How many more rounds like the last one fit under the cap; MAX_ROUNDS_LEFT if at least as many."""
     low, high = 0, MAX_ROUNDS_LEFT + 1
     while high - low > 1:
         middle = (low + high) // 2
-        more = Release(one.q, one.sigma, one.steps * middle)
+        more = Release(one.q, one.sigma, one.steps * middle, one.group)
         fits = Decimal(decimal_up(epsilon([*spent, more], delta, interval=COARSE))) <= Decimal(repr(cap))
         low, high = (middle, high) if fits else (low, middle)
     return low

@@ -261,9 +261,16 @@ def test_phases_are_charged_each_with_its_own_mechanism(parties: Consortium, tmp
 
 
 def test_refusals_in_the_ledger_are_evidence_and_no_failure(parties: Consortium, tmp_path: Path) -> None:
+    from privacy.report import write_report
+
     bundle = write_bundle(tmp_path / "b", parties, refused=("site.adapter_invalid", "round"))
     assert verify_bundle(bundle, parties.fingerprint).verdict == "PASS"
     assert b'"code":"site.adapter_invalid"' in (bundle / "ledgers/clinic-a.jsonl").read_bytes()
+    page = write_report(bundle, tmp_path, ca=parties.fingerprint)
+    incidents = json.loads(page.with_suffix(".json").read_bytes())["incidents"]
+    assert incidents[0] == {"kind": "refused", "round": 0, "attempt": 0, "reason": "site.adapter_invalid",
+                            "sites": list(SITES)}
+    assert "refused: <code>site.adapter_invalid</code>" in page.read_text()
 
 
 def test_transcript_without_secure_aggregation(parties: Consortium, tmp_path: Path) -> None:
