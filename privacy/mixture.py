@@ -108,12 +108,13 @@ class Mixture:
 
 
 @lru_cache(maxsize=64)
-def mixture(q: float, sigma: float, group: int) -> Mixture:
-    """For sigma > 0 and q in (0, 1]; with group > 1, q < 1 (at q = 1 it is one Gaussian, of noise sigma / group)."""
+def mixture(q: float, sigma: float, group: int, *, whole: bool = False) -> Mixture:
+    """For sigma > 0 and q in (0, 1]; with group > 1, q < 1 (at q = 1 it is one Gaussian, of noise sigma / group). whole:
+    leave no count out."""
     if group == 1:
         log_q = math.log1p(-q) if q < 1 else -math.inf
         return Mixture(q, sigma, 1, (1 - q, q), (log_q, math.log(q)), 0.0, 1 + CUT * sigma)
-    weights, log_weights, lost = _binomial(q, group)
+    weights, log_weights, lost = _binomial(q, group, Decimal(0) if whole else _RARE)
     low, high = 0.0, len(weights) - 1 + CUT * sigma
     for _ in range(40):  # the least x that leaves no more above it than one Gaussian leaves above CUT sigma
         middle = (low + high) / 2
@@ -122,12 +123,12 @@ def mixture(q: float, sigma: float, group: int) -> Mixture:
     return Mixture(q, sigma, group, weights, log_weights, lost, high)
 
 
-def _binomial(q: float, n: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """Binomial(n, q) without its rare upper counts, its logarithms, and the mass left out; exact to the last digit."""
+def _binomial(q: float, n: int, rare: Decimal) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+    """Binomial(n, q) less upper counts that are `rare` in all, its logarithms, the mass left out; to the last digit."""
     with localcontext(prec=50):
         yes, no = Decimal(q), 1 - Decimal(q)
         exact = [math.comb(n, i) * yes**i * no**(n - i) for i in range(n + 1)]
         lost = Decimal(0)
-        while len(exact) > 2 and lost + exact[-1] <= _RARE:
+        while len(exact) > 2 and lost + exact[-1] <= rare:
             lost += exact.pop()
         return tuple(map(float, exact)), tuple(float(w.ln()) for w in exact), float(lost)

@@ -180,8 +180,8 @@ def test_planted_loss_of_the_top_count_is_caught(_fresh_cache, monkeypatch):
     """The rare event that all of a person's records are sampled, dropped without being counted as lost."""
     honest = mixture._binomial
 
-    def cut(q, n):
-        weights, logs, lost = honest(q, n)
+    def cut(q, n, rare):
+        weights, logs, lost = honest(q, n, rare)
         return weights[:-1], logs[:-1], lost
 
     monkeypatch.setattr(mixture, "_binomial", cut)
