@@ -60,7 +60,7 @@ def test_account_in_a_base_install_answers_by_itself(call, monkeypatch):
 
 
 def test_account_of_a_group(call, monkeypatch):
-    flags = ("account", "--q", "0.5", "--sigma", "20", "--steps", "3", "--delta", "1e-5", "--group", "2", "--json")
+    flags = ("account", "--q", "0.5", "--sigma", "60", "--steps", "3", "--delta", "1e-5", "--group", "2", "--json")
     code, out = call(*flags)
     assert code == 0 and out["cross_check"] == {"prv": None, "rdp": None}  # they know no groups
     monkeypatch.setattr(crosscheck, "available", lambda: False)
