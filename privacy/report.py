@@ -130,7 +130,8 @@ def _with_privacy(report: dict[str, Any], facts: Facts, agreed: Contract) -> tup
     p = agreed.privacy
     sites = [_site(facts, agreed, site.name) for site in agreed.sites if site.name in facts.ledgers]
     report |= {"budget": {"epsilon": f"{p.epsilon:g}", "unit": p.unit, "adjacency": p.adjacency,
-                          "sampler": p.sampler, "clip": f"{p.clip:g}", "q": f"{p.q:g}", "steps": p.local_steps},
+                          "sampler": p.sampler, "clip": f"{p.clip:g}", "q": f"{p.q:g}", "steps": p.local_steps,
+                          "sampled": p.sampled, "draws": p.draws, "k_max": p.k_max, "phases": len(agreed.phases())},
                "sites": sites, "unseen": sorted({s.name for s in agreed.sites} - facts.ledgers.keys())}
     if not sites:
         return {**report, "odds": None}, {}

@@ -14,6 +14,7 @@ import pytest
 
 from conf import load_settings
 from privacy.errors import Refused, RoundVoid
+from privacy.report import write_report
 from privacy.secagg.encoding import Encoding
 from privacy.verify import verify_bundle
 from simulations.local import Outcome, federate
@@ -299,8 +300,6 @@ def test_released_adapter_loads_with_peft_and_gives_the_metric_again(overrides: 
 
 
 def test_non_private_run_says_so_everywhere(overrides: Make, tmp_path: Path) -> None:
-    from privacy.report import write_report
-
     outcome = run(overrides("privacy=none", "privacy.rounds=1"))
     page = write_report(tmp_path / "out" / "evidence", tmp_path / "out", ca=outcome.root).read_text()
     assert "NON-PRIVATE" in page.split("</title>")[0]
@@ -322,11 +321,14 @@ def test_person_level_federation(overrides: Make, tmp_path: Path, tiny_data: dic
     assert outcome.result.rounds == 2
     assert all(float(e) <= 8.0 for e in outcome.result.epsilon.values())
     assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+    page = write_report(tmp_path / "out" / "evidence", tmp_path / "out", ca=outcome.root).read_text()
+    assert "each single person at each site" in page
 
 
 def test_schedule_of_two_phases(overrides: Make, tmp_path: Path) -> None:
-    run(overrides("privacy.rounds=3",
+    outcome = run(overrides("privacy.rounds=3",
                             "privacy.schedule=[{rounds:1,q:0.25,noise:1.5},{rounds:2,q:0.5,noise:1.0}]"))
     said = [p for p in predicates(tmp_path / "out", "round-site") if p["site"] == "site-a"]
     assert [float(p["q"]) for p in said] == [0.25, 0.5, 0.5]
     assert float(said[0]["sigma"]) == pytest.approx(1.5 * float(said[1]["sigma"]))
+    assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
