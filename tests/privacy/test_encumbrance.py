@@ -6,14 +6,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from evidence_fixture import SITES, contract
 from ledger_fixture import CONTRACT, LINEAGE, OTHER, RUN, SelfSigner, create, encumber, mechanism, reserve
 
 import privacy.ledger_budget
+from fl_client.agent import open_ledger
+from fl_client.policy import SitePolicy
 from privacy.accountant import Release, epsilon, round_up
 from privacy.canonical import canonical, digest, parse
 from privacy.errors import ConsiloError
 from privacy.ledger import Ledger, check_extract
-from privacy.ledger_records import REFUSALS, V1, V2
+from privacy.ledger_records import REFUSALS, V1, V2, Charge
 from privacy.rdp import RenyiFilter
 
 SIGNER = SelfSigner()
@@ -56,7 +59,7 @@ def test_attack_two_jobs_on_one_lineage_under_different_names_budget_for_one(pat
         assert code_of(encumber, ledger, 1, run=OTHER) == "budget.exhausted"
 
 
-def test_what_a_job_holds_is_neither_granted_nor_promised_twice(path):
+def two_jobs_and_a_third(path):
     with create(path, SIGNER, cap=twice(Release(0.5, 20.0, 6))) as ledger:
         encumber(ledger, 6)
         encumber(ledger, 6, run=OTHER)
@@ -67,6 +70,22 @@ def test_what_a_job_holds_is_neither_granted_nor_promised_twice(path):
         assert code_of(encumber, ledger, 1, run=THIRD) == "budget.exhausted"
         for n in range(1, 7):
             reserve(ledger, n)  # the first job still gets all that it was promised
+
+
+def test_what_a_job_holds_is_neither_granted_nor_promised_twice(path):
+    two_jobs_and_a_third(path)
+
+
+def test_planted_budget_that_forgets_what_others_hold_is_caught(path, monkeypatch):
+    monkeypatch.setattr(privacy.ledger_budget, "product", lambda *parts: [(way,) for way in parts[-1]])
+    with pytest.raises(pytest.fail.Exception):
+        two_jobs_and_a_third(path)
+
+
+def test_planted_accounting_that_forgets_groups_is_caught(path, monkeypatch):
+    monkeypatch.setattr(Charge, "release", property(lambda r: Release(float(r.q), float(r.sigma), r.planned_steps)))
+    with pytest.raises(AssertionError):
+        test_groups_are_charged_for_all_that_a_person_owns(path, 2)
 
 
 def test_a_job_gets_its_own_mechanism_only(path):
@@ -148,6 +167,32 @@ def test_groups_are_charged_for_all_that_a_person_owns(path, k):
     with Ledger.open(path, SIGNER) as ledger:
         r = ledger.summary().reserves[0]
         assert (r.sampled, r.group, r.draws, r.release) == ("record", k, 1, Release(0.25, 20.0, 1, k))
+
+
+# At approval ----------------------------------------------------------------------------------------------------------
+
+def jobs(*names: str, **changes):
+    """Contracts that differ by run and purpose alone."""
+    made = contract({name: SelfSigner() for name in SITES}, **changes)
+    return [made.model_copy(update={"run": digest(n)[:32], "purpose": n}) for n in names]
+
+
+def test_attack_the_same_job_under_another_name_at_approval(tmp_path):
+    one, two = jobs("one", "two", rounds=3, retries=1)
+    plan = [Release(m.q, m.sigma, m.steps * n) for m, n in one.plans("clinic-a")[0]]
+    policy = SitePolicy(approver="dr.a", max_epsilon=cost(*plan))
+    with open_ledger(one, "clinic-a", policy, SIGNER, tmp_path) as ledger:
+        held = ledger.summary().encumbrances
+        ledger.reserve(one.mechanism("clinic-a"), run=one.run, contract=one.digest, round=1, attempt=0, code="0",
+                       approver="dr.a")
+    assert code_of(open_ledger, two, "clinic-a", policy, SIGNER, tmp_path) == "budget.exhausted"
+    with open_ledger(one, "clinic-a", policy, SIGNER, tmp_path) as ledger:  # a restart; and the lease was given back
+        assert ledger.summary().encumbrances == held
+        assert [(r.code, r.run, r.what) for r in ledger.summary().refusals] == [("budget.exhausted", two.run, "job")]
+        ledger.close_run(one.run)
+    with open_ledger(one, "clinic-a", policy, SIGNER, tmp_path) as ledger:  # only to be asked for its evidence
+        assert ledger.summary().encumbrances == held
+    assert code_of(open_ledger, two, "clinic-a", policy, SIGNER, tmp_path) == "budget.exhausted"  # one round is spent
 
 
 # The filter -----------------------------------------------------------------------------------------------------------

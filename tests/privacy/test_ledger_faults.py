@@ -14,11 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ledger_fixture import CONTRACT, LINEAGE, Crash, SelfSigner, create, mechanism
 
 import privacy.files
 import privacy.ledger_file
+from fl_client import lineage
 from privacy.errors import ConsiloError, Refused
 from privacy.files import FileLayer
 from privacy.ledger import Head, Ledger, _Line
@@ -37,6 +39,7 @@ class Machine:
         self.calls, self._stop_at, self._rng = 0, stop_at, random.Random(seed)
         self._paths: dict[int, Path] = {}
         self._durable: dict[Path, bytes | None] = {}  # None: not even the name
+        self._replaced: dict[Path, bytes | None] = {}  # what stood under a name that was taken since the folder's sync
         self._dead = False
 
     def __getattr__(self, name: str) -> object:
@@ -67,6 +70,15 @@ class Machine:
         path = self._paths[fd]
         if path.is_file():
             self._durable[path] = path.read_bytes()
+        else:
+            self._replaced.clear()  # a folder: its names are durable now
+        self._point()
+
+    def replace(self, source: Path, target: Path) -> None:
+        self._point()
+        self._replaced[target] = target.read_bytes() if target.exists() else None
+        os.rename(source, target)  # noqa: PTH104 - Path.replace is the call that ends here
+        self._durable[target] = self._durable.pop(source)
         self._point()
 
     def ftruncate(self, fd: int, size: int) -> None:
@@ -94,6 +106,11 @@ class Machine:
                 path.write_bytes(old)
             if durable is None and keep == 0:
                 path.unlink()
+        for path, old_file in self._replaced.items():
+            if keep == 0 and old_file is None:
+                path.unlink(missing_ok=True)
+            elif keep == 0 and old_file is not None:
+                path.write_bytes(old_file)
 
 
 @dataclass
@@ -222,6 +239,7 @@ def on(monkeypatch, machine: Machine) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr(privacy.files, "os", machine)
         patch.setattr(privacy.ledger_file, "os", machine)
+        patch.setattr(Path, "replace", lambda source, target: machine.replace(source, target))
         yield
 
 
@@ -238,6 +256,50 @@ def test_case_24_killed_at_every_system_call_never_undercounts(monkeypatch, tmp_
 @pytest.mark.timeout(1800)
 def test_case_24_killed_at_every_system_call_of_many_histories(monkeypatch, tmp_path):
     assert crashes(monkeypatch, tmp_path, range(1000, 1200)) >= 15_000
+
+
+def registered(path: Path, machine: Machine, monkeypatch, register) -> None:
+    """A lineage of two records; the operator adds a third, and the machine may stop."""
+    stored = path.with_suffix(".tags")
+    lineage.check(stored, lineage.tags(bytes(32), [b"1", b"2"]), new=True)
+    with on(monkeypatch, machine):
+        ledger = Ledger.open(path, SIGNER)
+        register(ledger, stored, lineage.tags(bytes(32), [b"3"]), "a")
+        ledger.close()
+
+
+def check_registration(monkeypatch, tmp_path: Path, register) -> int:
+    """Tags are the old or the new ones, whole, and new ones never stand without their event."""
+    whole = Machine(0)
+    for stop in (-1, *range(1, 1000)):
+        path, machine = tmp_path / str(stop) / f"{LINEAGE}.jsonl", Machine(0, stop) if stop > 0 else whole
+        if stop > whole.calls:
+            return whole.calls
+        path.parent.mkdir()
+        create(path, SIGNER).close()
+        with suppress(Crash):
+            registered(path, machine, monkeypatch, register)
+        machine.power_off(random.Random(stop).choice((0.0, 0.5, 1.0)))
+        tags = path.with_suffix(".tags").read_bytes()
+        with Ledger.open(path, SIGNER) as ledger:
+            events = len(ledger.summary().registrations)
+        assert len(tags) in (16, 24) and len(tags) <= 16 + 8 * events, "tags without their event"
+    return 0
+
+
+def store_then_record(ledger: Ledger, path: Path, found: lineage.Tags, approver: str) -> None:
+    """Planted."""
+    lineage._store(path, np.union1d(lineage._load(path), found))
+    ledger.register(approver)
+
+
+def test_killed_while_data_are_registered(monkeypatch, tmp_path):
+    assert check_registration(monkeypatch, tmp_path, lineage.register) > 15
+
+
+def test_planted_registration_that_stores_first_is_caught(monkeypatch, tmp_path):
+    with pytest.raises(AssertionError, match="tags without their event"):
+        check_registration(monkeypatch, tmp_path, store_then_record)
 
 
 PLANTED = {
