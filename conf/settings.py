@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, Terms
 
@@ -46,12 +46,6 @@ class DataSettings(Terms):
 class PrivacySettings(PrivacyTerms):
     delta: float | None = Field(None, gt=0, lt=1, description="null: min(1e-5, 1 / (10 n_decl)) at each site")
     sigma: float | None = Field(None, gt=0, description="null: calibrated to epsilon over rounds + retries")
-
-    @model_validator(mode="after")
-    def _says_whether_private(self) -> PrivacySettings:
-        if (self.epsilon is None) != (self.trust == "none"):
-            raise ValueError("epsilon is a number exactly when trust is not 'none'")
-        return self
 
 
 class SecAggSettings(Terms):

@@ -6,7 +6,7 @@ its own digests before the first round, and refuses every round whose M0 names a
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -84,6 +84,14 @@ class PrivacyTerms(Terms):
     schedule: tuple[Phase, ...] = Field((), max_length=16, description="public phases, in order; none: all rounds alike")
     physical_batch: int = Field(128, ge=1, description="records in memory at a time; does not change the result")
 
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        if self.schedule and sum(phase.rounds for phase in self.schedule) != self.rounds:
+            raise ValueError("the phases of the schedule don't add up to its rounds")
+        if (self.epsilon is None) != (self.trust == "none"):
+            raise ValueError("epsilon is a number exactly when trust is not 'none'")
+        return self
+
 
 class SecAggTerms(Terms):
     enabled: bool = True
@@ -121,11 +129,6 @@ class Contract(Terms):
         names = [s.name for s in self.sites]
         if len(set(names)) != len(names) or len({s.signer for s in self.sites}) != len(names):
             raise ValueError("two sites share a name or a certificate")
-        planned = self.privacy.schedule
-        if planned and sum(phase.rounds for phase in planned) != self.privacy.rounds:
-            raise ValueError("the phases of the schedule don't add up to its rounds")
-        if (self.privacy.epsilon is None) != (self.privacy.trust == "none"):
-            raise ValueError("epsilon is a number exactly when trust is not 'none'")
         return self
 
     def phases(self) -> tuple[Phase, ...]:

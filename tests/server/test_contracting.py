@@ -59,3 +59,25 @@ def test_refused_with_its_code(make: Make, override: str, code: str) -> None:
     with pytest.raises(ConsiloError) as caught:
         make(override)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("override", [
+    "privacy.schedule=[{rounds:5,q:0.25,noise:1.5},{rounds:15,q:0.5,noise:1.0}]",
+    "privacy.unit=person privacy.sampled=person privacy.draws=4",
+    "privacy.unit=person privacy.sampled=record privacy.k_max=4"])
+def test_schedules_and_persons_keep_their_epsilon_wherever_the_retries_fall(make: Make, override: str) -> None:
+    contract = make("privacy.retries=3", *override.split())
+    for site in contract.sites:
+        plans = [[Release(m.q, m.sigma, m.steps * rounds, m.group) for m, rounds in plan]
+                 for plan in contract.plans(site.name)]
+        spent = max(epsilon(plan, site.delta) for plan in plans)
+        assert 7.9 < spent <= 8.0
+
+
+@pytest.mark.parametrize("override", [
+    "privacy.schedule=[{rounds:5,q:0.25}]", "privacy.unit=person",
+    "privacy.unit=person privacy.sampled=person privacy.k_max=4", "privacy.sampled=person", "privacy.draws=3"])
+def test_impossible_units_and_schedules_are_refused(make: Make, override: str) -> None:
+    with pytest.raises(ConsiloError) as caught:
+        make(*override.split())
+    assert caught.value.code in ("config.invalid", "dp.parameter")
