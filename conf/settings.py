@@ -68,6 +68,7 @@ class SiteSettings(Terms):
     contract: str = "contract.json"
     policy: str = "policy.yaml"
     state: str = "state"
+    other_lineages: tuple[str, ...] = Field((), description="state folders of this site's other data lineages")
     threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
 
 

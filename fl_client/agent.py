@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from conf.settings import Settings, SiteSettings
+from fl_client import lineage
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept, load_policy
 from fl_client.round import SiteRound
@@ -20,10 +23,11 @@ from privacy.identity import FileSigner, Signer, TrustStore
 from privacy.ledger import Ledger
 from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
+from strategies.records import load_records
 
 log = logging.getLogger("consilo.agent")
 TRAIN_LIMIT_S = 3600.0
-LEDGER = "ledger.jsonl"
+LEDGER, TAGS = "ledger.jsonl", "lineage.tags"
 
 
 def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> None:
@@ -39,17 +43,19 @@ def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, f
     except ConsiloError as e:
         path = folder / LEDGER
         if e.code in REFUSALS and path.exists() and path.stat().st_size:
-            with Ledger.open(path, signer) as ledger:
+            with suppress(Refused), Ledger.open(path, signer) as ledger:  # another job may hold it
                 ledger.refuse(e.code, contract.run, contract.digest, "job")
         raise
 
 
-def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> Ledger | None:
+def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path, *,
+                found: lineage.Tags | None = None, others: Sequence[Path] = ()) -> Ledger | None:
     """The lineage of this site's data, made on first use, with the contract's whole schedule encumbered; an agent that
     starts again goes on with what it holds. None for trust=none, which charges nothing.
 
-    Raises Refused `budget.exhausted` (recorded in the ledger) when schedule and retries don't fit the cap, and as
-    `Ledger.encumber` does.
+    found: tags of the data (None in simulations); the first job's data make the lineage. others: tag files of the
+    site's other lineages. Raises Refused `budget.exhausted` (recorded in the ledger) when schedule and retries don't fit
+    the cap, `lineage.unregistered`, `lineage.overlap`, and as `Ledger.encumber` does.
     """
     mechanism = contract.mechanism(site)
     if not mechanism.private:
@@ -61,6 +67,8 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
         ledger = Ledger.create(path, signer, lineage=secrets.token_hex(16), unit=mechanism.unit,
                                adjacency=mechanism.adjacency, delta=mechanism.delta, cap=policy.max_epsilon)
     try:
+        if found is not None:
+            lineage.check(folder / TAGS, found, new=not ledger.summary().reserves, others=others)
         if contract.run not in {c.run for c in ledger.summary().closes}:  # a closed run is only asked for its evidence
             ledger.encumber(contract.run, contract.plans(site), contract=contract.digest, approver=policy.approver,
                             cap=policy.max_epsilon)
@@ -70,6 +78,28 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
         ledger.close()
         raise
     return ledger
+
+
+def find_tags(contract: Contract, site: SiteSettings) -> lineage.Tags:
+    """Tags of this site's records and, where the unit is a person, of its persons, under the site's own key.
+
+    Raises UsageError `data.*`; Refused `key.permissions`.
+    """
+    person = site.person if contract.privacy.unit == "person" else None
+    records = load_records(Path(site.data), contract.data.labels, text=site.text, label=site.label, person=person)
+    return lineage.tags(lineage.site_key(Path(site.state) / "lineage.key"), records.contents, records.people)
+
+
+def register_data(settings: Settings) -> None:
+    """The operator adds the site's present data to its lineage (`fl-client register`).
+
+    Raises UsageError `ledger.missing` where no job has begun a lineage yet, and as the ledger and the data do.
+    """
+    site = settings.site
+    contract, policy = load_contract(read_file(Path(site.contract))), load_policy(Path(site.policy))
+    signer = FileSigner(Path(site.keys) / "sign.key", Path(site.certificates) / "sign.pem")
+    with Ledger.open(Path(site.state) / LEDGER, signer) as ledger:
+        lineage.register(ledger, Path(site.state) / TAGS, find_tags(contract, site), policy.approver)
 
 
 class Agent:
@@ -85,7 +115,10 @@ class Agent:
         approve(self.contract, site.name, policy, signer, state)
         trust = TrustStore.load(certificates / "trust")
         self._journal = SiteJournal(state / "rounds.jsonl")
-        self._ledger = open_ledger(self.contract, site.name, policy, signer, state)
+        private = self.contract.privacy.trust != "none"
+        self._ledger = open_ledger(self.contract, site.name, policy, signer, state,
+                                   found=find_tags(self.contract, site) if private else None,
+                                   others=[Path(folder) / TAGS for folder in site.other_lineages])
         self._trainer: Trainer = TrainerProcess(_request(self.contract, settings, self._ledger), limit_s=TRAIN_LIMIT_S)
         self.round = SiteRound(self.contract, site.name, trainer=self._trainer, policy=policy, signer=signer,
                                check_certificate=certificate_check(trust), journal=self._journal, ledger=self._ledger)

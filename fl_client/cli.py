@@ -34,6 +34,18 @@ def csr_command(folder: Annotated[Path, typer.Argument(help="New folder for the 
     cli_edge.emit({"request": str(folder / "request.json")}, as_json, f"Send {folder / 'request.json'} to the CA.")
 
 
+@app.command("register")
+def register_command(
+        overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,
+        as_json: Json = False) -> None:
+    """Add this site's present data to its lineage: they share what is left of the lineage's budget."""
+    from conf import load_settings
+    from fl_client.agent import register_data
+
+    register_data(load_settings(overrides or []))
+    cli_edge.emit({"registered": True}, as_json, "Registered, and recorded in the ledger.")
+
+
 @app.command("run")
 def run_command(
         overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. site.data=mine.csv")] = None,

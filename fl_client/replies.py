@@ -11,7 +11,8 @@ from privacy.canonical import labelled_hash
 from privacy.errors import Aborted, ConsiloError, SiteCode
 
 log = logging.getLogger("consilo.round")
-CODES = {"budget.exhausted": SiteCode.BUDGET, "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
+CODES = {"budget.exhausted": SiteCode.BUDGET, "budget.not_encumbered": SiteCode.BUDGET,
+         "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
          "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
 
 

@@ -43,7 +43,7 @@ class LocalTrainer:
         by_person = contract.privacy.unit == "person"
         records = load_records(data, contract.data.labels, text=text, label=label, person=person if by_person else None)
         self._population = Population(len(records), contract.mechanism(site), owners=records.owners, lineage=lineage,
-                                      contents=records.contents())
+                                      contents=records.contents)
         if self._population.units < contract.data.floor:
             raise Refused("data.floor", "The site has fewer units than the contract's floor.",
                           "Take no part in this contract, or ask for a lower floor.")

@@ -101,9 +101,14 @@ def show_command(path: LedgerFile, certificate: Certificate = None, as_json: Jso
         {"seq": r.seq, "run": r.run, "round": r.round, "attempt": r.attempt, "q": float(r.q), "sigma": float(r.sigma),
          "planned_steps": r.planned_steps, "executed_steps": committed.get(r.seq), "epsilon": float(r.epsilon)}
         for r in summary.reserves]
-    result = _facts(summary, certificate, torn) | {"reserves": rows}
-    emit(result, as_json, f"{_table(rows)}\nlineage {summary.lineage}: epsilon {summary.epsilon} of {summary.cap:g} "
-                          f"at delta {summary.delta:g}, head {summary.head.seq} {summary.head.hash}")
+    jobs = [{"seq": e.seq, "run": e.run, "approver": e.approver} for e in summary.encumbrances]
+    refusals: list[dict[str, object]] = [{"seq": r.seq, "run": r.run, "code": r.code, "what": r.what}
+                                         for r in summary.refusals]
+    result = _facts(summary, certificate, torn) | {"reserves": rows, "jobs": jobs, "refusals": refusals}
+    refused = f"\n{_table(refusals)}" if refusals else ""
+    emit(result, as_json, f"{_table(rows)}{refused}\n"
+                          f"lineage {summary.lineage}: epsilon {summary.epsilon} of {summary.cap:g} at delta "
+                          f"{summary.delta:g}, head {summary.head.seq} {summary.head.hash}")
 
 
 @ledger_app.command("check")

@@ -7,6 +7,7 @@ place, and so every count that leaves, is the same as if it had been good.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,19 +28,19 @@ class Records:
     """texts: one per record, "" where invalid. labels: int64 (n,), 0 where invalid. valid: bool (n,).
 
     owners: person of each record, int64 (n,), where a person column was asked for; a record that can't be read is a
-    person of its own. contents: canonical bytes of each record, for hashes under a key that the site holds.
+    person of its own. people: the persons' keys. contents: SHA-256 of each record as it stands in the file, whatever the
+    labels of a contract: what a lineage knows it by.
     """
 
     texts: list[str]
     labels: NDArray[np.int64]
     valid: NDArray[np.bool_]
+    contents: list[bytes]
     owners: NDArray[np.int64] | None = None
+    people: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.texts)
-
-    def contents(self) -> list[bytes]:
-        return [f"{label}\n{text}".encode() for text, label in zip(self.texts, self.labels.tolist(), strict=True)]
 
 
 def load_records(path: Path, labels: Sequence[str], *, text: str = "text", label: str = "label",
@@ -51,16 +52,18 @@ def load_records(path: Path, labels: Sequence[str], *, text: str = "text", label
     if path.suffix not in READERS:
         raise UsageError("data.format", f"Data of type {path.suffix!r} is not read.", "Use .csv or .jsonl.")
     known = {name: i for i, name in enumerate(labels)}
-    texts, numbers, valid, people = [], [], [], _People()
+    texts, numbers, valid, contents, people = [], [], [], [], _People()
     for value, name, key in READERS[path.suffix](path, (text, label, *([person] if person else []))):
         ok = _is_text(value) and isinstance(name, str) and name in known
         texts.append(str(value) if ok else "")
         numbers.append(known[str(name)] if ok else 0)
         valid.append(ok)
+        contents.append(hashlib.sha256(f"{name}\n{value}".encode("utf-8", "surrogatepass")).digest())
         people.add(key)
     if not texts:
         raise UsageError("data.empty", "The data file holds no records.", "Check site.data.path.")
-    return Records(texts, np.array(numbers, np.int64), np.array(valid, bool), people.owners if person else None)
+    return Records(texts, np.array(numbers, np.int64), np.array(valid, bool), contents,
+                   people.owners if person else None, people.keys)
 
 
 class _People:
@@ -79,6 +82,10 @@ class _People:
             if key is not UNREADABLE:
                 self._known[str(key)] = number
         self._of.append(number)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(self._known)
 
     @property
     def owners(self) -> NDArray[np.int64]:

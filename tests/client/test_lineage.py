@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,13 +39,16 @@ def refused(call: object, *arguments: object, **named: object) -> Refused:
     return caught.value
 
 
-def new_ledger(path: Path) -> Ledger:
+def new_signer() -> Any:
     private = Ed25519PrivateKey.generate()
     name, start = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "site")]), datetime(2026, 1, 1)
     certificate = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(private.public_key())
                    .serial_number(7).not_valid_before(start).not_valid_after(start + timedelta(days=9)).sign(private, None))
-    signer = type("Signer", (), {"certificate": certificate, "sign": lambda self, data: private.sign(data)})()
-    return Ledger.create(path, signer, lineage="1a" * 16, unit="record", adjacency="add_remove", delta=1e-5, cap=8.0)
+    return type("Signer", (), {"certificate": certificate, "sign": lambda self, data: private.sign(data)})()
+
+
+def new_ledger(path: Path) -> Ledger:
+    return Ledger.create(path, new_signer(), lineage="1a" * 16, unit="record", adjacency="add_remove", delta=1e-5, cap=8.0)
 
 
 def test_the_key_is_made_once_and_kept_from_others(tmp_path: Path) -> None:
@@ -150,3 +155,32 @@ def test_a_hundred_thousand_records_take_less_than_a_second(path: Path, key: byt
     start = time.process_time()
     begin(path, lineage.tags(key, many))
     assert time.process_time() - start < 1.0
+
+
+def test_the_agent_refuses_unregistered_data_until_the_operator_registers_them(
+        tmp_path: Path, tiny_contract: Callable[..., Any], tiny_data: dict[str, Path]) -> None:
+    """Through the agent's own road: real records of a file, a lineage that has spent, one more record."""
+    from conf.settings import SiteSettings
+    from fl_client.agent import TAGS, find_tags, open_ledger
+    from fl_client.policy import SitePolicy
+
+    data = tmp_path / "data.csv"
+    data.write_bytes(tiny_data["site-a"].read_bytes())
+    contract, site = tiny_contract(), SiteSettings(name="site-a", data=str(data), state=str(tmp_path))
+    policy, signer = SitePolicy(approver="test"), new_signer()
+
+    def open_again(run: str) -> Any:
+        return open_ledger(contract.model_copy(update={"run": run}), "site-a", policy, signer, tmp_path,
+                           found=find_tags(contract, site))
+
+    ledger = open_again("a" * 32)
+    ledger.reserve(contract.mechanism("site-a"), run="a" * 32, contract=contract.digest, round=1, attempt=0, code="0",
+                   approver="test")
+    ledger.close()
+    open_again("a" * 32).close()
+    data.write_text(data.read_text() + "one more record,heart\n")
+    with pytest.raises(Refused, match=r"lineage\.unregistered"):
+        open_again("a" * 32)
+    with Ledger.open(tmp_path / "ledger.jsonl", signer) as ledger:
+        lineage.register(ledger, tmp_path / TAGS, find_tags(contract, site), "test")
+    open_again("a" * 32).close()
