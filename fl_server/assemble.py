@@ -23,6 +23,13 @@ from privacy.secagg.peers import certificate_check
 from strategies.model import build
 
 
+def check_folder(folder: Path) -> None:
+    """Before anything slow: a run's folder is its own. Raises Refused `run.exists`."""
+    if any((folder / name).exists() for name in ("journal.jsonl", "evidence")):
+        raise Refused("run.exists", "The output folder holds a run already.",
+                      "Set server.out to a new folder; another run needs a contract of its own.")
+
+
 def site_certificates(contract: Contract, roster: Mapping[str, RosterEntry]) -> dict[str, Certificate]:
     """Each site's Ed25519 certificate. Raises Refused `contract.certificate` where roster and contract differ."""
     out = {}

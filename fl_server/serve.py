@@ -11,7 +11,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from conf.settings import Settings
-from fl_server.assemble import make_run, site_certificates
+from fl_server.assemble import check_folder, make_run, site_certificates
 from fl_server.exchange import Exchange
 from fl_server.fleet import FleetServer
 from fl_server.progress import Reporter
@@ -30,6 +30,7 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
 
     plain: progress goes to stderr as plain lines. Raises Unreachable `run.sites_missing`, RoundVoid, Refused, UsageError.
     """
+    check_folder(Path(settings.server.out))
     warnings.simplefilter("ignore")  # of torch and transformers; ours are errors in tests
     server, start = settings.server, time.monotonic()
     certificates, keys, trust = Path(server.certificates), Path(server.keys), Path(server.certificates) / "trust"

@@ -20,7 +20,7 @@ from fl_client.link import build_app
 from fl_client.policy import SitePolicy
 from fl_client.round import SiteRound
 from fl_client.training import LocalTrainer
-from fl_server.assemble import make_run, site_certificates
+from fl_server.assemble import check_folder, make_run, site_certificates
 from fl_server.contracting import make_contract
 from fl_server.exchange import Exchange
 from fl_server.run import Progress, Result
@@ -53,6 +53,7 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
 
     Raises what the two sides raise; RoundVoid when the retries are used up.
     """
+    check_folder(Path(settings.server.out))
     settings = declare_sites(settings)
     policy = policy or _permissive(settings)
     with ExitStack() as stack:

@@ -332,3 +332,11 @@ def test_schedule_of_two_phases(overrides: Make, tmp_path: Path) -> None:
     assert [float(p["q"]) for p in said] == [0.25, 0.5, 0.5]
     assert float(said[0]["sigma"]) == pytest.approx(1.5 * float(said[1]["sigma"]))
     assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+
+
+def test_a_folder_holds_one_run(overrides: Make, tmp_path: Path) -> None:
+    run(overrides("privacy.rounds=1"))
+    before = on_disk(tmp_path / "out")
+    with pytest.raises(Refused, match=r"run\.exists"):
+        run(overrides("privacy.rounds=1"))
+    assert on_disk(tmp_path / "out") == before
