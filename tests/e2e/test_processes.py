@@ -32,6 +32,14 @@ def children() -> set[int]:
     return {p.pid for p in psutil.Process().children(recursive=True)}
 
 
+def _secret_part(key: bytes) -> bytes:
+    """Bytes that only the private value holds: of a PEM inside one line, of P-256 or Ed25519; of a raw key all."""
+    if not key.startswith(b"-----BEGIN"):
+        return key
+    body = b"".join(key.splitlines()[1:-1])
+    return body[66:88] if len(body) > 64 else body[24:60]
+
+
 def test_demo_on_real_processes(overrides: Make, tmp_path: Path) -> None:
     out = tmp_path / "demo"
     before = children()
@@ -58,9 +66,7 @@ def test_demo_on_real_processes(overrides: Make, tmp_path: Path) -> None:
     everything = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     for key in out.rglob("*.key"):
         assert key.stat().st_mode & 0o077 == 0, key
-        raw = key.read_bytes()
-        body = b"".join(raw.splitlines()[1:-1]) if raw.startswith(b"-----BEGIN") else b""
-        secret = raw if not body else body[66:88] if len(body) > 64 else body[24:60]  # of the private value of P-256 (one line), of Ed25519
+        secret = _secret_part(key.read_bytes())
         assert [f for f, data in everything.items() if secret in data] == [key], "a private key is nowhere else"
 
 
