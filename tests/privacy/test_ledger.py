@@ -538,3 +538,13 @@ def test_errors_are_of_the_right_kind(path):
     path.write_bytes(b"x\n")
     with pytest.raises(CheckFailed):
         Ledger.open(path, SIGNER)
+
+
+def test_case_26_a_clock_that_jumps_back_changes_nothing(path, monkeypatch):
+    """Order is by sequence number; no record holds a time."""
+    clock = iter(range(10**9, 0, -10**6))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    filled(path)
+    summary = reopened(path)
+    assert [r.seq for r in summary.reserves] == sorted(r.seq for r in summary.reserves)
+    assert not any("time" in json.loads(line)["body"] for line in path.read_bytes().splitlines())
