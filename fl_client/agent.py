@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from conf.settings import Settings, SiteSettings
@@ -15,7 +15,6 @@ from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept, load_policy
 from fl_client.round import SiteRound
 from fl_client.supervisor import TrainerProcess
-from fl_client.training import Trainer
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
@@ -50,12 +49,19 @@ def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, f
 
 def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path, *,
                 found: lineage.Tags | None = None, others: Sequence[Path] = ()) -> Ledger | None:
-    """The lineage of this site's data, made on first use, with the contract's whole schedule encumbered; an agent that
-    starts again goes on with what it holds. None for trust=none, which charges nothing.
+    """`open_lineage` and `encumber` in one. None for trust=none, which charges nothing."""
+    ledger = open_lineage(contract, site, policy, signer, folder, found=found, others=others)
+    if ledger is not None:
+        encumber(ledger, contract, site, policy)
+    return ledger
+
+
+def open_lineage(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path, *,
+                 found: lineage.Tags | None = None, others: Sequence[Path] = ()) -> Ledger | None:
+    """The ledger of this site's data, made on first use; nothing is promised yet. None for trust=none.
 
     found: tags of the data (None in simulations); the first job's data make the lineage. others: tag files of the
-    site's other lineages. Raises Refused `budget.exhausted` (recorded in the ledger) when schedule and retries don't fit
-    the cap, `lineage.unregistered`, `lineage.overlap`, and as `Ledger.encumber` does.
+    site's other lineages. Raises Refused `lineage.unregistered`, `lineage.overlap`, and as `Ledger` does.
     """
     mechanism = contract.mechanism(site)
     if not mechanism.private:
@@ -69,6 +75,19 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
     try:
         if found is not None:
             lineage.check(folder / TAGS, found, new=not ledger.summary().reserves, others=others)
+    except ConsiloError:
+        ledger.close()
+        raise
+    return ledger
+
+
+def encumber(ledger: Ledger, contract: Contract, site: str, policy: SitePolicy) -> None:
+    """Hold the contract's whole schedule, retries included; an agent that starts again goes on with what it holds.
+
+    Raises Refused `budget.exhausted` (recorded in the ledger, which is then closed) when it doesn't fit the cap, and as
+    `Ledger.encumber` does.
+    """
+    try:
         if contract.run not in {c.run for c in ledger.summary().closes}:  # a closed run is only asked for its evidence
             ledger.encumber(contract.run, contract.plans(site), contract=contract.digest, approver=policy.approver,
                             cap=policy.max_epsilon)
@@ -77,7 +96,6 @@ def open_ledger(contract: Contract, site: str, policy: SitePolicy, signer: Signe
             ledger.refuse(e.code, contract.run, contract.digest, "job")
         ledger.close()
         raise
-    return ledger
 
 
 def find_tags(contract: Contract, site: SiteSettings) -> lineage.Tags:
@@ -114,15 +132,22 @@ class Agent:
         signer = FileSigner(Path(site.keys) / "sign.key", certificates / "sign.pem")
         approve(self.contract, site.name, policy, signer, state)
         trust = TrustStore.load(certificates / "trust")
-        self._journal = SiteJournal(state / "rounds.jsonl")
-        private = self.contract.privacy.trust != "none"
-        self._ledger = open_ledger(self.contract, site.name, policy, signer, state,
-                                   found=find_tags(self.contract, site) if private else None,
-                                   others=[Path(folder) / TAGS for folder in site.other_lineages])
-        self._trainer: Trainer = TrainerProcess(_request(self.contract, settings, self._ledger), limit_s=TRAIN_LIMIT_S)
-        self.round = SiteRound(self.contract, site.name, trainer=self._trainer, policy=policy, signer=signer,
-                               check_certificate=certificate_check(trust), journal=self._journal, ledger=self._ledger)
-        self._site = site
+        with ExitStack() as held:  # what was opened is given back if anything is refused
+            journal = SiteJournal(state / "rounds.jsonl")
+            held.callback(journal.close)
+            private = self.contract.privacy.trust != "none"
+            ledger = open_lineage(self.contract, site.name, policy, signer, state,
+                                  found=find_tags(self.contract, site) if private else None,
+                                  others=[Path(folder) / TAGS for folder in site.other_lineages])
+            if ledger is not None:
+                held.callback(ledger.close)
+            trainer = TrainerProcess(_request(self.contract, settings, ledger), limit_s=TRAIN_LIMIT_S)
+            held.callback(trainer.close)
+            if ledger is not None:  # only now: a site that can't train must not hold its budget for this job
+                encumber(ledger, self.contract, site.name, policy)
+            self.round = SiteRound(self.contract, site.name, trainer=trainer, policy=policy, signer=signer,
+                                   check_certificate=certificate_check(trust), journal=journal, ledger=ledger)
+            self._site, self._held = site, held.pop_all()
 
     def run(self, stop: threading.Event) -> None:
         """Serve the coordinator until `stop`."""
@@ -137,11 +162,8 @@ class Agent:
             self.close()
 
     def close(self) -> None:
-        if isinstance(self._trainer, TrainerProcess):
-            self._trainer.close()
-        if self._ledger:
-            self._ledger.close()
-        self._journal.close()
+        """End the trainer, give ledger and journal back."""
+        self._held.close()
 
 
 def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> dict[str, str | int]:

@@ -105,7 +105,7 @@ class Run:
         return Result(before, after, done, voids, epsilon, dict(self._seconds))
 
     def _accept(self) -> None:
-        """Every site states that it accepted this contract. Raises RoundVoid `run.not_accepted`-like site codes."""
+        """Every site states that it accepted this contract. Raises RoundVoid with the code of the first that doesn't."""
         answers = self._query("accept")
         bad = {name: a.code or "site.unreachable" for name, a in answers.items() if a.note is None}
         if bad:

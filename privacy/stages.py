@@ -7,8 +7,6 @@ from pydantic import Field
 from privacy.canonical import MAX_JSON_BYTES, canonical
 from privacy.contract import Sha256, Terms
 
-STAGES = ("update", "shares", "masked", "unmask")
-
 
 class Ask(Terms):
     """Body of the queries `accept` and `closing`."""

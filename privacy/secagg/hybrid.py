@@ -15,7 +15,6 @@ from privacy.errors import Aborted
 _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
 MLKEM_PUBLIC = 1184
 PUBLIC_BYTES = MLKEM_PUBLIC + 32
-OVERHEAD = 1088 + 32 + 16  # ML-KEM ciphertext, X25519 share, tag
 
 
 class HybridKey:
