@@ -1,14 +1,14 @@
-"""Shamir secret sharing (CACM 1979) over GF(2^8), for whole arrays of secrets at once.
+"""Shamir secret sharing (CACM 1979) over GF(2^8), byte by byte, for whole strings of secrets at once.
 
-Multiplication by a public point is linear over GF(2), so shares are a bit-matrix product: no branch and no table look-up
-depends on a secret. Field: x^8 + x^4 + x^3 + x + 1. At most 255 holders, x = 1..255.
+Field: x^8 + x^4 + x^3 + x + 1 (AES, FIPS 197). At most 255 holders, x = 1..255; the secret lies at 0. Multiplication by a
+public element is linear over GF(2): dealing and interpolation are each a product of a public bit matrix with the secrets
+times 1, 2, 4, ... 128, so no branch and no table look-up depends on a secret.
 """
 
 from __future__ import annotations
 
-import functools
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,67 +16,79 @@ from numpy.typing import NDArray
 from privacy.errors import Aborted
 
 Bytes = NDArray[np.uint8]
+BLOCK = 1024  # bytes of a share at a time: eight multiples of 100 shares fit a core's L2 cache
 
 
-def _times(a: int, b: int) -> int:
-    out = 0
-    while b:
-        out ^= a * (b & 1)
-        a = (a << 1) ^ (0x11B if a & 0x80 else 0)
-        b >>= 1
-    return out
+def split(secret: bytes, *, threshold: int, points: Sequence[int],
+          random: Callable[[int], bytes] = secrets.token_bytes) -> dict[int, bytes]:
+    """Shares of a byte string for the given points (distinct, 1..255); any `threshold` of them give it back.
 
-
-@functools.cache
-def _matrix(point: int) -> NDArray[np.uint8]:
-    """8x8 bit matrix of multiplication by a public field element (column i = point * 2^i)."""
-    columns = [_times(point, 1 << i) for i in range(8)]
-    return np.array([[(c >> row) & 1 for c in columns] for row in range(8)], dtype=np.uint8)
-
-
-def _scale(point: int, data: Bytes) -> Bytes:
-    bits = np.unpackbits(data[None, :], axis=0, bitorder="little")
-    packed: Bytes = np.packbits((_matrix(point) @ bits) & 1, axis=0, bitorder="little")[0]
-    return packed
-
-
-def split(secret: bytes, *, threshold: int, points: Sequence[int]) -> dict[int, bytes]:
-    """Shares of a byte string for the given points (distinct, 1..255); any `threshold` of them give it back."""
+    random: n -> n uniform bytes, the coefficients of x, then of x^2, and so on; another one only to test.
+    Raises Aborted `secagg.share_points`.
+    """
     _check(threshold, points)
-    coefficients = [np.frombuffer(secret, np.uint8)]
-    coefficients += [np.frombuffer(secrets.token_bytes(len(secret)), np.uint8) for _ in range(threshold - 1)]
-    out = {}
-    for x in points:
-        value = coefficients[-1]
-        for c in reversed(coefficients[:-1]):  # Horner
-            value = _scale(x, value) ^ c
-        out[x] = value.tobytes()
-    return out
+    size = len(secret)
+    coefficients = np.frombuffer(secret + random((threshold - 1) * size), np.uint8).reshape(threshold, size)
+    powers = np.ones((len(points), threshold), np.uint8)
+    for j in range(1, threshold):
+        powers[:, j] = _PRODUCT[powers[:, j - 1], np.array(points)]
+    return {x: share.tobytes() for x, share in zip(points, _multiply(powers, coefficients), strict=True)}
 
 
-def combine(shares: dict[int, bytes]) -> bytes:
-    """Lagrange interpolation at 0 over exactly the shares given (callers pass `threshold` of them)."""
+def combine(shares: Mapping[int, bytes]) -> bytes:
+    """The secret, from exactly the shares given (callers pass `threshold` of them). Raises like `interpolate`."""
+    return interpolate(shares, [0])[0]
+
+
+def interpolate(shares: Mapping[int, bytes], at: Sequence[int]) -> dict[int, bytes]:
+    """Values at other points of the polynomial of least degree through all the shares given (Lagrange).
+
+    A further share that differs from the value at its point was not dealt with these.
+    Raises Aborted `secagg.share_points` and `secagg.share_length`.
+    """
     points = list(shares)
     _check(len(points), points)
     if len({len(s) for s in shares.values()}) != 1:
         raise Aborted("secagg.share_length", "Shares differ in length.", "The round is void; start a new attempt.")
-    total = np.zeros(len(shares[points[0]]), np.uint8)
-    for x in points:
-        weight = 1
-        for other in points:
-            if other != x:
-                weight = _times(weight, _times(other, _inverse(other ^ x)))
-        total ^= _scale(weight, np.frombuffer(shares[x], np.uint8))
-    return total.tobytes()
+    data = np.frombuffer(b"".join(shares.values()), np.uint8).reshape(len(points), -1)
+    x, z = np.array(points, np.uint8), np.array(at, np.uint8)[:, None]
+    weights = np.ones((len(at), len(points)), np.uint8)
+    for m in range(len(points)):
+        ratio = _PRODUCT[z ^ x[m], _INVERSE[x ^ x[m]]]
+        ratio[:, m] = 1
+        weights = _PRODUCT[weights, ratio]
+    return {point: value.tobytes() for point, value in zip(at, _multiply(weights, data), strict=True)}
 
 
-@functools.cache
-def _inverse(a: int) -> int:
-    """a^254, the inverse of a public non-zero field element."""
-    out = 1
-    for _ in range(254):
-        out = _times(out, a)
+def _multiply(matrix: Bytes, data: Bytes) -> Bytes:
+    """Public matrix (m, k) times data (k, length) over GF(2^8)."""
+    m, k = matrix.shape
+    used = np.unpackbits(matrix[:, None], axis=1, bitorder="little").reshape(m, 8 * k).astype(bool)
+    out = np.empty((m, data.shape[1]), np.uint8)
+    for start in range(0, data.shape[1], BLOCK):
+        part = data[:, start:start + BLOCK]
+        doubled = np.empty((8, *part.shape), np.uint8)  # part times 1, 2, 4, ... 128
+        doubled[0] = part
+        for i in range(1, 8):
+            doubled[i] = (doubled[i - 1] << 1) ^ (doubled[i - 1] >> 7) * 0x1B
+        rows = doubled.reshape(8 * k, -1)
+        for i in range(m):
+            np.bitwise_xor.reduce(rows[used[i]], axis=0, out=out[i, start:start + BLOCK])
     return out
+
+
+def _product_table() -> Bytes:
+    """Products of all pairs of field elements, (256, 256); only public elements index it."""
+    a, b = np.arange(256)[:, None], np.arange(256)
+    out = np.zeros((256, 256), np.int64)
+    for bit in range(8):
+        out ^= a * ((b >> bit) & 1)
+        a = (a << 1) ^ (0x11B * (a >> 7))
+    return out.astype(np.uint8)
+
+
+_PRODUCT = _product_table()
+_INVERSE = (_PRODUCT == 1).argmax(axis=1)  # 0 for 0, which nothing uses
 
 
 def _check(threshold: int, points: Sequence[int]) -> None:
