@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, Terms
+from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, TensorRange, Terms
 
 
 class ModelSettings(Terms):
@@ -51,9 +51,12 @@ class PrivacySettings(PrivacyTerms):
 class SecAggSettings(Terms):
     enabled: bool = True
     threshold: int | None = Field(None, description="null: the smallest legal one for the cohort")
+    survivors: int | None = Field(None, description="fewest sites in a sum; null: the smallest legal number")
     colluding: int = Field(1, ge=1, description="n_C, sites that may collude with the coordinator")
+    ring: Literal[16, 32] = Field(32, description="16 halves the upload; bits must be fewer then")
     bits: int = Field(24, ge=2, le=31)
     range: float | None = Field(None, gt=0, description="null: 2 * clip * local_lr * local_steps")
+    ranges: tuple[TensorRange, ...] = Field((), description="public bounds of single tensors, by name or pattern")
 
 
 class SiteSettings(Terms):

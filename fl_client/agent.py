@@ -157,7 +157,7 @@ class Agent:
         link = FleetLink(site.url, Path(site.certificates) / "tls.pem", Path(site.keys) / "tls.key",
                          Path(site.certificates) / "trust" / "issuing-coordinator.pem")
         try:
-            link.run(build_app(self.round.handlers()), None, stop)
+            link.run(build_app(self.round.handlers()), None, stop, between=self.round.expire)
         finally:
             self.close()
 

@@ -20,7 +20,7 @@ from privacy.errors import SiteCode, UsageError
 
 log = logging.getLogger("consilo.app")
 
-Vector = NDArray[np.float32] | NDArray[np.uint32]
+Vector = NDArray[np.float32] | NDArray[np.uint32] | NDArray[np.uint16]
 Reply = tuple[bytes, Mapping[str, Vector]]
 Handler = Callable[[bytes, dict[str, Vector]], Reply]
 
@@ -28,7 +28,7 @@ MAX_BODY_BYTES = 4 * 2**20
 MAX_VECTOR_BYTES = 512 * 2**20  # all vectors of one note
 MAX_VECTORS = 16
 STYPE = "consilo.le"
-DTYPES = {"float32": "<f4", "uint32": "<u4"}
+DTYPES = {"float32": "<f4", "uint32": "<u4", "uint16": "<u2"}
 
 
 class StageRefused(Exception):
@@ -42,8 +42,8 @@ class StageRefused(Exception):
 def build_app(handlers: Mapping[str, Handler]) -> Any:
     """A `ClientApp` of handlers by message type (`train.update`, `query.closing`).
 
-    A handler gets a note (body: bytes, arrays: writable vectors (n,) of float32 or uint32) and returns one. What it
-    raises becomes an error reply: `StageRefused` its code, anything else `site.failed`; a note that isn't of the
+    A handler gets a note (body: bytes, arrays: writable vectors (n,) of float32, uint32 or uint16) and returns one. What
+    it raises becomes an error reply: `StageRefused` its code, anything else `site.failed`; a note that isn't of the
     agreed form gets `site.bad_message`.
     """
     app = ClientApp()
@@ -73,7 +73,7 @@ def reply(message: Any, body: bytes, arrays: Mapping[str, Vector]) -> Any:
     if (len(body) > MAX_BODY_BYTES or len(arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES
             or any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in arrays.values())):
         raise UsageError("app.note", f"A reply of {len(body)} + {size} bytes can't be sent.",
-                         "Keep the limits, and send float32 or uint32 vectors.")
+                         "Keep the limits, and send float32, uint32 or uint16 vectors.")
     records = RecordDict({"c": ConfigRecord({"body": body})})
     if arrays:
         records["arrays"] = ArrayRecord({
@@ -93,10 +93,11 @@ def to_note(message: Any) -> tuple[bytes, dict[str, Vector]]:
         raise StageRefused(SiteCode.BAD_MESSAGE)
     arrays: dict[str, Vector] = {}
     for name, array in record.items():
-        count, rest = divmod(len(array.data), 4)
-        if array.stype != STYPE or array.dtype not in DTYPES or tuple(array.shape) != (count,) or rest:
+        wire = DTYPES.get(array.dtype)
+        if (array.stype != STYPE or wire is None or len(array.shape) != 1
+                or len(array.data) != array.shape[0] * np.dtype(wire).itemsize):
             raise StageRefused(SiteCode.BAD_MESSAGE)
-        arrays[name] = np.frombuffer(array.data, DTYPES[array.dtype]).astype(array.dtype)
+        arrays[name] = np.frombuffer(array.data, wire).astype(array.dtype)
     return config["body"], arrays
 
 

@@ -1,4 +1,4 @@
-"""What a site must remember across a crash: which attempts it began, which updates it spent. Appended and fsynced.
+"""What a site must remember across a crash: attempts begun, updates spent, sums released. Appended and fsynced.
 
 (run, round, attempt) only ever grows: an attempt that was begun is never begun again, so nothing is masked twice.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from privacy.canonical import canonical, parse
 from privacy.errors import Aborted, CheckFailed, Refused, UsageError
@@ -25,12 +26,13 @@ class SiteJournal:
         self._files = files or FileLayer()
         self._fd = self._files.open_append(path)
         self._begun: dict[str, set[Slot]] = {}
+        self._spent: dict[str, set[str]] = {}
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].splitlines():
             try:
                 event = parse(line)
-                self._remember(str(event["run"]), (int(event["round"]), int(event["attempt"])))
+                self._remember(event)
             except (UsageError, KeyError, TypeError, ValueError) as e:
                 self.close()
                 raise CheckFailed("journal.broken", f"{path.name} holds a line that the agent didn't write.",
@@ -46,16 +48,23 @@ class SiteJournal:
         """Number of attempts begun in a run."""
         return len(self._begun.get(run, ()))
 
+    def spent_from(self, run: str) -> set[str]:
+        """Digests of the adapters from which an update has left in a run."""
+        return self._spent.get(run, set())
+
     def started(self, run: str, round_no: int, attempt: int) -> None:
         """Durable before M1. Raises Aborted `secagg.stale` unless the attempt is newer than all before."""
         if (round_no, attempt) <= self.last(run):
             raise Aborted("secagg.stale", "This attempt was begun before.", "Start a new attempt.")
         self._append({"event": "started", "run": run, "round": round_no, "attempt": attempt})
-        self._remember(run, (round_no, attempt))
 
-    def spent(self, run: str, round_no: int, attempt: int, update: bytes) -> None:
-        """Durable before M5: the update with this hash counts as released."""
-        self._append({"event": "spent", "run": run, "round": round_no, "attempt": attempt, "update": update.hex()})
+    def spent(self, run: str, round_no: int, attempt: int, adapter: str) -> None:
+        """Durable before M5: the update trained from this adapter counts as released."""
+        self._append({"event": "spent", "run": run, "round": round_no, "attempt": attempt, "adapter": adapter})
+
+    def unmasked(self, run: str, round_no: int, attempt: int, transcript: str) -> None:
+        """Durable before M9: the sum with this T3 may become known."""
+        self._append({"event": "unmasked", "run": run, "round": round_no, "attempt": attempt, "transcript": transcript})
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -68,10 +77,14 @@ class SiteJournal:
                           "Repair the disk, then start the agent again.")
         try:
             self._files.append(self._fd, canonical(event) + b"\n")
+            self._remember(event)
         except OSError as e:
             self.close()
             raise Refused("journal.write_failed", f"The site's journal can't be written ({e.strerror}).",
                           "Free or repair the disk, then start the agent again.") from e
 
-    def _remember(self, run: str, slot: Slot) -> None:
-        self._begun.setdefault(run, set()).add(slot)
+    def _remember(self, event: dict[str, Any]) -> None:
+        run = str(event["run"])
+        self._begun.setdefault(run, set()).add((int(event["round"]), int(event["attempt"])))
+        if event["event"] == "spent":
+            self._spent.setdefault(run, set()).add(str(event["adapter"]))

@@ -103,10 +103,11 @@ class FleetLink:
         self._node = Node(node_id=answer.node_id)
         return int(answer.node_id)
 
-    def run(self, app: Any, context: Any | None, stop: threading.Event) -> None:
+    def run(self, app: Any, context: Any | None, stop: threading.Event, *,
+            between: Callable[[], None] = lambda: None) -> None:
         """Serve `app` in this thread until `stop` is set; reconnect after every failure, waiting up to 5 s.
 
-        `context`: Flower's, an empty one if None.
+        `context`: Flower's, an empty one if None. between: called between messages and polls, in this thread.
         """
         context = context or Context(run_id=0, node_id=0, node_config={}, state=RecordDict(), run_config={})
         helpers = [threading.Thread(target=work, args=(stop,), name="link", daemon=True)
@@ -114,7 +115,7 @@ class FleetLink:
         for helper in helpers:
             helper.start()
         try:
-            self._serve(app, context, stop)
+            self._serve(app, context, stop, between)
         finally:
             stop.set()
             for helper in helpers:
@@ -131,9 +132,10 @@ class FleetLink:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _serve(self, app: Any, context: Any, stop: threading.Event) -> None:
+    def _serve(self, app: Any, context: Any, stop: threading.Event, between: Callable[[], None]) -> None:
         wait = FIRST_WAIT_S
         while not stop.is_set():
+            between()
             try:
                 if self._node is None:
                     self.connect()

@@ -14,6 +14,7 @@ from privacy.canonical import digest
 from privacy.contract import Contract, Terms, validate
 from privacy.errors import Refused, UsageError
 from privacy.files import read_file
+from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort
 
 
@@ -24,7 +25,7 @@ class SitePolicy(Terms):
     max_epsilon: float = Field(8.0, gt=0, description="cap of the lineage, for the life of the data")
     max_delta: float = Field(1e-5, gt=0, lt=1)
     min_sigma: float = Field(0.5, ge=0)
-    min_cohort: int = Field(3, ge=1)
+    min_cohort: int = Field(3, ge=1, description="least number of sites, in a contract and in any sum")
     min_weight_ratio: float = Field(0.1, gt=0, le=1, description="least weight of a site relative to the largest one: "
                                     "a site whose peers weigh nothing isn't hidden among them")
     colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
@@ -73,8 +74,9 @@ def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
     if terms.n_decl < contract.data.floor:
         raise Refused("data.floor", "The site declares fewer units than the contract's floor.",
                       "Take no part in this contract, or ask for a lower floor.")
-    if len(contract.sites) < policy.min_cohort:
-        raise _refuse("cohort", f"The cohort of {len(contract.sites)} is under {policy.min_cohort}.", "min_cohort")
+    least = min(len(contract.sites), contract.secagg.survivors)
+    if least < policy.min_cohort:
+        raise _refuse("cohort", f"The contract allows sums of {least} sites, under {policy.min_cohort}.", "min_cohort")
     if contract.rule.name not in policy.rules:
         raise _refuse("rule", f"Rule {contract.rule.name!r} is not allowed.", "rules")
     if privacy.unit not in policy.units:
@@ -82,8 +84,11 @@ def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
     if not contract.secagg.enabled and not policy.reveal_update:
         raise _refuse("reveal_update", "Without secure aggregation the coordinator sees this site's updates.",
                       "reveal_update")
-    if contract.secagg.enabled:
-        check_cohort(len(contract.sites), contract.secagg.threshold, policy.colluding)
+    s, n = contract.secagg, len(contract.sites)
+    if s.enabled:
+        check_cohort(n, s.threshold, s.survivors, policy.colluding)
+    for bound in {s.range, *(own.range for own in s.ranges)}:
+        Encoding(bits=s.bits, ring=s.ring, cohort=n, ranges=((1, bound),))
     contract.mechanism(site)
 
 

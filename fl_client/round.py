@@ -1,12 +1,13 @@
 """The round as a site sees it, from top to bottom. The coordinator's side is fl_server/round.py.
 
-accept -> [update -> shares -> masked -> unmask] for each attempt -> closing. A handler gets a body and vectors and
+accept -> [update -> shares -> masked -> vote -> unmask] for each attempt -> closing. A handler gets a body and vectors and
 returns the same; it refuses with a `SiteCode` and nothing else. A byte-identical repetition of a stage's message gets
 the stored reply; nothing is ever computed twice.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -28,7 +29,7 @@ from privacy.identity import Signer
 from privacy.ledger import Ledger
 from privacy.ledger_records import REFUSALS
 from privacy.secagg import transcript as tr
-from privacy.secagg.encoding import Encoding
+from privacy.secagg.messages import Ring
 from privacy.secagg.peers import CheckCertificate
 from privacy.secagg.plain import PlainSite
 from privacy.secagg.site import SiteSession
@@ -36,7 +37,8 @@ from strategies.adapter import adapter_digest, initial
 
 B = TypeVar("B", bound=Terms)
 Update = NDArray[np.float32]
-NOTHING: NDArray[np.uint32] = np.zeros(0, np.uint32)
+NOTHING: Ring = np.zeros(0, np.uint32)
+SESSION_S = 3600.0  # from M1 on
 
 
 class SiteRound:
@@ -49,12 +51,10 @@ class SiteRound:
         self._journal, self._ledger = journal, ledger
         self._terms = contract.site(site)
         self._index = [s.name for s in contract.sites].index(site)
-        s = contract.secagg
-        self._encoding = Encoding(bits=s.bits, range=s.range, cohort=len(contract.sites))
         start = initial(trainer.spec, contract.lora.seed)
         self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
         self._session: SiteSession | PlainSite | None = None
-        self._encoded: NDArray[np.uint32] = NOTHING
+        self._encoded: Ring = NOTHING
         self._replies = Replies(self._drop_round, self._record)
         self._statements = SiteStatements(contract, site, signer, ledger)
         if contract.privacy.trust != "none" and ledger is None:
@@ -63,7 +63,8 @@ class SiteRound:
     def handlers(self) -> dict[str, Handler]:
         """By message type, for `build_app`."""
         work = {"query.accept": self._accept, "train.update": self._update, "train.shares": self._shares,
-                "train.masked": self._masked, "train.unmask": self._unmask, "query.closing": self._closing}
+                "train.masked": self._masked, "train.vote": self._vote, "train.unmask": self._unmask,
+                "query.closing": self._closing}
         return {name: self._replies.once(name, handler) for name, handler in work.items()}
 
     def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
@@ -83,28 +84,34 @@ class SiteRound:
             raise StageRefused(SiteCode.STALE_ROUND)
         if self._attempts() >= self.contract.privacy.rounds + self.contract.privacy.retries:
             raise StageRefused(SiteCode.BUDGET)
+        if self._ledger is None and got.adapter in self._journal.spent_from(got.run):
+            raise StageRefused(SiteCode.BUDGET)  # without noise, two sums of one update would give it away
         self._drop_round()
         self._offer = got
         delta, self._charge = self._charged(got, lambda: self._trainer.train(adapter, got.round))
-        self._encoded = self._encoding.encode(delta, self._terms.weight)
-        self._session = self._open(got)
+        self._encoded = got.encoding.encode(delta, self._terms.weight)
+        self._session, self._begun = self._open(got), time.monotonic()
         return Outgoing(System(self._session.m1()))
 
     def _shares(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         return Outgoing(System(self._live().m3(body)))
 
     def _masked(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
+        """M5 with the statement: from here on the update counts as released, whatever becomes of the attempt."""
         session, encoded = self._live(), self._encoded
         self._encoded = NOTHING  # m5 masks it in place; nobody else may see it before
-        reply, y = session.m5(body, encoded)
-        return Outgoing(DpReleased(reply, self._charge), {"y": DpReleased(y, self._charge)})
+        m5, y = session.m5(body, encoded)
+        said = self._statements.round(self._offer, session.view, session.masked)
+        masked = stages.dump(stages.Masked(m5=m5.decode(), statement=said))
+        return Outgoing(DpReleased(masked, self._charge), {"y": DpReleased(y, self._charge)})
+
+    def _vote(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
+        return Outgoing(System(self._live().m7(body)))
 
     def _unmask(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
-        session = self._live()
-        m9 = session.m9(body)
-        statement = self._statements.round(self._offer, session.transcript, session.masked)
+        m9 = self._live().m9(body)
         self._session = None
-        return Outgoing(System(stages.dump(stages.Unmasked(m9=m9.decode(), statement=statement))))
+        return Outgoing(System(m9))
 
     def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         self._asked(body)
@@ -125,7 +132,8 @@ class SiteRound:
 
     def _compare(self, got: tr.Offer, adapter: str) -> None:
         """The offer must be the one that this site's own contract implies, field by field."""
-        want = tr.offer(self.contract, round_no=got.round, attempt=got.attempt, dim=self._trainer.spec.dim, adapter=adapter)
+        want = tr.offer(self.contract, round_no=got.round, attempt=got.attempt, tensors=self._trainer.spec.sizes,
+                        adapter=adapter)
         if got.base_model != want.base_model:
             raise StageRefused(SiteCode.MODEL)
         if got.adapter != want.adapter:
@@ -135,8 +143,7 @@ class SiteRound:
 
     def _open(self, offer: tr.Offer) -> SiteSession | PlainSite:
         if not self.contract.secagg.enabled:
-            self._journal.started(offer.run, offer.round, offer.attempt)
-            return PlainSite(offer, self._index)
+            return PlainSite(offer, self._index, self._journal)
         return SiteSession(offer, index=self._index, n_c=self._policy.colluding, signer=self._signer,
                            check_certificate=self._check_certificate, journal=self._journal)
 
@@ -146,8 +153,15 @@ class SiteRound:
             return self._journal.attempts(self.contract.run)
         return sum(r.run == self.contract.run for r in self._ledger.summary().reserves)
 
+    def expire(self) -> None:
+        """For the agent to call now and then: an attempt that the coordinator left lying is dropped with its secrets."""
+        if self._session is not None and time.monotonic() - self._begun > SESSION_S:
+            self._drop_round()
+
     def _drop_round(self) -> None:
         """Forget the attempt: its session, its update and its replies (those to queries stay)."""
+        if self._session is not None:
+            self._session.expire()
         self._session, self._encoded = None, NOTHING
         self._replies.forget("train.")
 
@@ -172,6 +186,3 @@ def _load(model: type[B], body: bytes) -> B:
         return validate(model, parse(body))
     except UsageError as e:
         raise StageRefused(SiteCode.BAD_MESSAGE) from e
-
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 from fl_client.policy import SitePolicy
+from privacy.bundle import KINDS
 from privacy.canonical import decimal
 from privacy.contract import Contract
 from privacy.identity import Signer
@@ -25,13 +26,14 @@ class SiteStatements:
             "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._contract.site(self._site).delta),
             "trust": self._contract.privacy.trust, "approver": policy.approver, "policy": policy.digest})
 
-    def round(self, offer: tr.Offer, transcript: bytes, masked: str) -> str:
-        """transcript: T3, or b"" without secure aggregation. masked: hex H(y)."""
+    def round(self, offer: tr.Offer, view: bytes, masked: str) -> str:
+        """view: T2, or b"" without secure aggregation. masked: hex H(y). It leaves with y, before T3 is known."""
         m, head, epsilon = self._contract.mechanism(self._site, offer.round), (0, ""), ""
         if self._ledger:
             head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
-        return self._make("round-site", ("transcript", transcript.hex() or masked), {
-            "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter, "transcript": transcript.hex(),
+        subject = ("view", view.hex()) if view else ("masked", masked)
+        return self._make("round-site", subject, {
+            "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter, "view": view.hex(),
             "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
             "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1], "epsilon": epsilon})
 
@@ -50,4 +52,4 @@ class SiteStatements:
 
     def _make(self, kind: str, subject: tuple[str, str], predicate: dict[str, str | int]) -> str:
         common = {"site": self._site, "run": self._contract.run, "contract": self._contract.digest}
-        return make(self._signer, f"urn:consilo:{kind}:1", [subject], common | predicate).decode()
+        return make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate).decode()

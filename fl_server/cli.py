@@ -48,21 +48,21 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
 
 @app.command("status")
 def status_command(folder: Annotated[Path, typer.Argument(help="Output folder of a run.")], as_json: Json = False) -> None:
-    """Rounds done and void, and why, from the coordinator's journal."""
+    """Rounds done and void, whose updates are in each sum, and why sites fell out, from the coordinator's journal."""
     from fl_server.journal import status
 
     found: dict[str, Any] = status(folder / "journal.jsonl")
-    void = "".join(f"\n  round {v['round']}, attempt {v['attempt']} void: {v['reason']} {' '.join(v['sites'])}"
-                   for v in found["void"])
-    cli_edge.emit(found, as_json, f"run {found['run']}: {found['state']}, {found['rounds_done']} of "
-                                  f"{found['rounds_planned']} rounds done{void}")
+    lines = [f"run {found['run']}: {found['state']}, {found['rounds_done']} of {found['rounds_planned']} rounds done"]
+    for r in found["rounds"]:
+        what = f"sum of {', '.join(r['sites'])}" if r["outcome"] == "done" else f"void ({r['reason']})"
+        lost = f"; lost: {', '.join(r['lost'])}" if r["lost"] else ""
+        lines.append(f"  round {r['round']}, attempt {r['attempt']}: {what}{lost}")
+    cli_edge.emit(found, as_json, "\n".join(lines))
 
 
 def main() -> int:
     """Entry point of `fl-server`."""
     return cli_edge.run(app)
-
-
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from privacy.contract import (
 from privacy.errors import UsageError
 from privacy.mechanism import default_delta
 from privacy.secagg.encoding import Encoding
-from privacy.secagg.transcript import check_cohort, least_threshold
+from privacy.secagg.transcript import check_cohort, least_survivors, least_threshold
 from strategies.model import folder_digests
 from strategies.optimizers import optimizer
 from strategies.records import public_labels
@@ -31,7 +31,8 @@ from strategies.rules import rule
 def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
     """signers: fingerprint of each site's Ed25519 certificate. Everything is refused here that can't work later.
 
-    Raises UsageError `contract.*`, `dp.*`, `rule.*`, `encoding.overflow`; Refused `secagg.cohort`, `secagg.threshold`.
+    Raises UsageError `contract.*`, `dp.*`, `rule.*`, `encoding.overflow`; Refused `secagg.cohort`, `secagg.threshold`,
+    `secagg.survivors`.
     """
     names = sorted(settings.data.sites)
     if not names:
@@ -62,11 +63,13 @@ def _privacy(settings: Settings) -> PrivacyTerms:
 def _secagg(settings: Settings, n: int) -> SecAggTerms:
     s, p = settings.secure_aggregation, settings.privacy
     threshold = s.threshold or min(n, least_threshold(n, s.colluding))
+    survivors = s.survivors or min(n, least_survivors(threshold, s.colluding))
     bound = s.range or 2 * p.clip * settings.rule.local_lr * p.local_steps
-    terms = SecAggTerms(enabled=s.enabled, threshold=max(2, threshold), bits=s.bits, range=bound)
+    terms = SecAggTerms(enabled=s.enabled, threshold=threshold, survivors=survivors, ring=s.ring, bits=s.bits, range=bound,
+                        ranges=s.ranges)
     if s.enabled:
-        check_cohort(n, terms.threshold, s.colluding)
-    Encoding(bits=terms.bits, range=terms.range, cohort=n)
+        check_cohort(n, threshold, survivors, s.colluding)
+    Encoding(bits=terms.bits, ring=terms.ring, cohort=n, ranges=((1, bound),))
     return terms
 
 

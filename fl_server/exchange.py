@@ -5,8 +5,8 @@ this site was sent and comes from its node; a note that isn't exactly of the agr
 an error only a known `SiteCode` gets through, never a text. Vectors are held one at a time when `on_answer` is given.
 
 On the wire: message type `train.<stage>` or `query.<stage>`; `ConfigRecord {"body": bytes}` under "c", and, if there
-are vectors, an `ArrayRecord` under "arrays" of little-endian float32 or uint32 bytes (stype `consilo.le`; no pickle,
-no .npy header).
+are vectors, an `ArrayRecord` under "arrays" of little-endian float32, uint32 or uint16 bytes (stype `consilo.le`; no
+pickle, no .npy header).
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ MAX_BODY_BYTES = 4 * 2**20
 MAX_VECTOR_BYTES = 512 * 2**20  # all vectors of one note
 MAX_VECTORS = 16
 STYPE = "consilo.le"
-DTYPES = {"float32": "<f4", "uint32": "<u4"}
-TRAIN_STAGES = frozenset({"update", "shares", "masked", "unmask"})
+DTYPES = {"float32": "<f4", "uint32": "<u4", "uint16": "<u2"}
+TRAIN_STAGES = frozenset({"update", "shares", "masked", "vote", "unmask"})
+LOOK_S = 1.0  # how often to look whether those who are silent are still connected
+GRACE_S = 5.0  # for the rest, once a quorum has answered
 UNREACHABLE = "site.unreachable"
 MALFORMED = "site.malformed"
 
-Vector = NDArray[np.float32] | NDArray[np.uint32]
+Vector = NDArray[np.float32] | NDArray[np.uint32] | NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Note:
     """What travels in a stage, either way: `body`, canonical JSON of the stage's message (at most 4 MiB), and
-    `arrays`, vectors (n,) of float32 or uint32 by name (at most 16, 512 MiB together; may be empty)."""
+    `arrays`, vectors (n,) of float32, uint32 or uint16 by name (at most 16, 512 MiB together; may be empty)."""
 
     body: bytes
     arrays: Mapping[str, Vector] = field(default_factory=dict)
@@ -79,11 +81,12 @@ class Exchange:
         self._grid, self._nodes = grid, dict(nodes)
 
     def ask(self, stage: str, notes: Mapping[str, Note], *, deadline_s: float,
-            on_answer: Callable[[str, Answer], None] | None = None) -> dict[str, Answer]:
+            on_answer: Callable[[str, Answer], None] | None = None, quorum: int | None = None) -> dict[str, Answer]:
         """Send each site its note and collect the answers, for at most `deadline_s` seconds.
 
         `on_answer(site, answer)` is called in this thread once for each site that answered, as answers arrive; then
-        the returned answers hold no vectors. The silent get `site.unreachable` at the deadline.
+        the returned answers hold no vectors. The silent get `site.unreachable`: at the deadline, as soon as none of
+        them is connected any more, or `GRACE_S` after `quorum` sites have answered with a note.
         Raises UsageError `exchange.no_such_site`, `exchange.note` (a note of ours that is over a limit or not float32
         or uint32).
         """
@@ -109,8 +112,12 @@ class Exchange:
                         on_answer(site, answer)
                         answer = Answer(answer.note and Note(answer.note.body), answer.code)
                     answers[site] = answer
+                    if quorum is not None and sum(a.note is not None for a in answers.values()) == quorum:
+                        end = min(end, time.monotonic() + GRACE_S)
                 left = end - time.monotonic()
-                if not waiting or left <= 0 or not self._grid.wait(left):
+                if not waiting or left <= 0 or not self._grid.wait(min(left, LOOK_S)):
+                    break
+                if not self.online().intersection(waiting.values()):
                     break
         finally:
             self._grid.forget(list(waiting))
@@ -154,7 +161,7 @@ def pack(note: Note) -> Any:
         raise UsageError("exchange.note", f"A note of {len(note.body)} + {size} bytes is over the limits.",
                          "Use a smaller adapter, or fewer sites in one session.")
     if any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in note.arrays.values()):
-        raise UsageError("exchange.note", "A note's array isn't a float32 or uint32 vector.", "Convert it first.")
+        raise UsageError("exchange.note", "A note's array isn't a float32, uint32 or uint16 vector.", "Convert it first.")
     records = RecordDict({"c": ConfigRecord({"body": note.body})})
     if note.arrays:
         records["arrays"] = ArrayRecord({
@@ -176,8 +183,9 @@ def unpack(content: Any) -> Note | None:
         return None
     arrays = {}
     for name, array in record.items():
-        count, rest = divmod(len(array.data), 4)
-        if array.stype != STYPE or array.dtype not in DTYPES or tuple(array.shape) != (count,) or rest:
+        wire = DTYPES.get(array.dtype)
+        if (array.stype != STYPE or wire is None or len(array.shape) != 1
+                or len(array.data) != array.shape[0] * np.dtype(wire).itemsize):
             return None
-        arrays[name] = np.frombuffer(array.data, DTYPES[array.dtype]).astype(array.dtype)
+        arrays[name] = np.frombuffer(array.data, wire).astype(array.dtype)
     return Note(config["body"], arrays)

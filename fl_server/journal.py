@@ -48,14 +48,15 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 
 
 def status(path: Path) -> dict[str, Any]:
-    """What `fl-server status` says: the run, the rounds done and void, why, and whether it has ended."""
+    """What `fl-server status` says: the run, each attempt with the sites in its sum or why it is void, which sites were
+    lost (`site stage code`), and whether it has ended."""
     events = read_events(path)
     if not events or events[0]["event"] != "run":
         raise UsageError("journal.empty", "No run has been started in this folder.", "Give the folder of a run.")
     done = [e for e in events if e["event"] == "done"]
-    void = [{"round": e["round"], "attempt": e["attempt"], "reason": e["reason"], "sites": e["sites"]}
-            for e in events if e["event"] == "void"]
+    rounds = [{"round": e["round"], "attempt": e["attempt"], "outcome": e["event"], "reason": e.get("reason", ""),
+               "sites": e.get("sites", []), "lost": e["lost"]} for e in events if e["event"] in ("done", "void")]
     ended = next((e["outcome"] for e in events if e["event"] == "end"), "")
     return {"run": events[0]["run"], "contract": events[0]["contract"], "rounds_planned": events[0]["rounds"],
-            "rounds_done": len(done), "void": void, "adapter": done[-1]["adapter"] if done else events[0]["adapter"],
+            "rounds_done": len(done), "rounds": rounds, "adapter": done[-1]["adapter"] if done else events[0]["adapter"],
             "state": ended or "running or interrupted"}

@@ -1,7 +1,8 @@
 """The round as the coordinator drives it, from top to bottom. The site's side is fl_client/round.py.
 
 One attempt: offer and adapter out, keys in; key list out, shares in; inbound shares out, masked vectors in and added as
-they arrive; survivors out, unmasking shares in; the sum decoded. Whatever goes wrong makes the attempt void as a whole.
+they arrive; survivors out, votes in; votes out, unmasking shares in; the sum decoded. A site that falls out is left out;
+when fewer are left than the contract's least number, the attempt is void as a whole.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import numpy as np
 from cryptography.x509 import Certificate
 from numpy.typing import NDArray
 
-from fl_server.exchange import MALFORMED, Answer, Exchange, Note
+from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note
 from privacy import stages
 from privacy.bundle import KINDS, Predicate, RoundSite
 from privacy.canonical import parse
@@ -23,8 +24,7 @@ from privacy.errors import CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import fingerprint
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
-from privacy.secagg.encoding import Encoding
-from privacy.secagg.messages import dump
+from privacy.secagg.messages import M5, Ring, dump, load
 from privacy.secagg.peers import CheckCertificate
 from privacy.secagg.plain import PlainCoordinator
 from privacy.statements import open_envelope
@@ -34,13 +34,25 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Lost:
+    """A site that didn't answer a stage as it should: by a `SiteCode`, silence, or the code of what was wrong."""
+
+    site: str
+    stage: str
+    code: str
+
+
+@dataclass(frozen=True)
 class Mean:
-    """Result of one attempt: the weighted mean change, float32 (dim,), its transcript, the sites' statements."""
+    """Result of one attempt: the weighted mean change of `sites`, float32 (dim,), its transcript and votes (T2, T3,
+    signatures on T3 by site; empty in plain mode)."""
 
     attempt: int
     delta: NDArray[np.float32]
+    sites: tuple[str, ...]
+    view: str
     transcript: str
-    statements: Mapping[str, bytes]
+    votes: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -50,92 +62,102 @@ class Deadlines:
 
 
 class RoundDriver:
-    """Runs attempts for one contract. certificates: each site's Ed25519 certificate, accepted before."""
+    """Runs attempts for one contract. certificates: each site's Ed25519 certificate, accepted before.
+
+    Of the attempt that ran last, `lost` holds the sites that fell out and `statements` what sites signed with their
+    masked vectors, void or not: they were charged.
+    """
 
     def __init__(self, contract: Contract, spec: AdapterSpec, exchange: Exchange, *, deadlines: Deadlines,
                  check_certificate: CheckCertificate, certificates: Mapping[str, Certificate]) -> None:
         self.contract, self.spec, self._exchange, self._deadlines = contract, spec, exchange, deadlines
         self._check_certificate, self._certificates = check_certificate, certificates
         self._names = [s.name for s in contract.sites]
-        s = contract.secagg
-        self._encoding = Encoding(bits=s.bits, range=s.range, cohort=len(self._names))
+        self.lost: list[Lost] = []
+        self.statements: dict[str, bytes] = {}
 
     def attempt(self, round_no: int, attempt: int, adapter: Tensors) -> Mean:
-        """Raises RoundVoid with the code of the first thing that went wrong, and the sites that it is about."""
-        offer = tr.offer(self.contract, round_no=round_no, attempt=attempt, dim=self.spec.dim,
+        """Goes on without the sites that fall out while enough are left. Raises RoundVoid when too few are."""
+        self.lost, self.statements = [], {}
+        offer = tr.offer(self.contract, round_no=round_no, attempt=attempt, tensors=self.spec.sizes,
                          adapter=adapter_digest(adapter))
         session = self._session(offer)
-        note = Note(dump(offer), {"adapter": self.spec.pack(adapter)})
-        self._stage("update", dict.fromkeys(self._names, note),
-                    lambda u, n: session.take_m1(u, n.body), self._deadlines.training_s)
+        m0 = Note(dump(offer), {"adapter": self.spec.pack(adapter)})
+        there = self._stage("update", dict.fromkeys(self._online(), m0), lambda u, n: session.take_m1(u, n.body),
+                            deadline_s=self._deadlines.training_s)
         m2 = Note(self._own(session.m2))
-        self._stage("shares", dict.fromkeys(self._names, m2), lambda u, n: session.take_m3(u, n.body))
+        there = self._stage("shares", dict.fromkeys(there, m2), lambda u, n: session.take_m3(u, n.body))
         m4 = self._own(session.m4)
-        self._stage("masked", {name: Note(m4[u]) for u, name in enumerate(self._names)},
-                    lambda u, n: session.take_m5(u, n.body, _masked(n)))
-        statements: dict[str, bytes] = {}
-
-        def take_m9(u: int, note: Note) -> None:
-            got, name = validate(stages.Unmasked, parse(note.body)), self._names[u]
-            said = statement(RoundSite, got.statement.encode(), self._certificates[name])
-            m = self.contract.mechanism(name, offer.round)
-            if (said.site, said.run, said.contract, said.round, said.attempt, said.adapter_in, said.transcript,
-                    said.masked, float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl) != (
-                    name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter,
-                    session.transcript.hex(), session.y_hash(u), m.q, m.clip, m.sigma, m.steps, m.n_decl):
-                raise CheckFailed("round.statement", "A site's statement is about something else than this attempt.",
-                                  "The round is void; that site's software differs.")
-            session.take_m9(u, got.m9.encode())
-            statements[name] = got.statement.encode()
-
+        there = self._stage("masked", {name: Note(m4[self._names.index(name)]) for name in there},
+                            lambda u, n: self._take_masked(offer, session, u, n))
         m6 = Note(self._own(session.m6))
-        self._stage("unmask", dict.fromkeys(self._names, m6), take_m9)
+        there = self._stage("vote", dict.fromkeys(there, m6), lambda u, n: session.take_m7(u, n.body),
+                            quorum=offer.threshold)
+        m8 = Note(self._own(session.m8))
+        self._stage("unmask", dict.fromkeys(there, m8), lambda u, n: session.take_m9(u, n.body), quorum=offer.threshold)
         total = self._own(session.unmask)
-        delta = self._encoding.decode_mean(total, [s.weight for s in self.contract.sites])
-        return Mean(attempt, delta, session.transcript.hex(), statements)
+        weights = [self.contract.sites[u].weight for u in session.survivors]
+        return Mean(attempt, offer.encoding.decode_mean(total, weights), tuple(self._names[u] for u in session.survivors),
+                    session.view.hex(), session.transcript.hex(),
+                    {self._names[u]: vote for u, vote in session.votes.items()})
+
+    def _take_masked(self, offer: tr.Offer, session: CoordinatorSession | PlainCoordinator, u: int, note: Note) -> None:
+        """The statement first: a vector without one isn't added."""
+        got, name = validate(stages.Masked, parse(note.body)), self._names[u]
+        said = statement(RoundSite, got.statement.encode(), self._certificates[name])
+        m, m5 = self.contract.mechanism(name, offer.round), load(M5, got.m5.encode())
+        if (said.site, said.run, said.contract, said.round, said.attempt, said.adapter_in, said.view, said.masked,
+                float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl) != (
+                name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter, session.view.hex(), m5.y_hash,
+                m.q, m.clip, m.sigma, m.steps, m.n_decl):
+            raise CheckFailed("round.statement", "A site's statement is about something else than this attempt.",
+                              "That site is left out; its software differs.")
+        session.take_m5(u, got.m5.encode(), _vector(note, offer.encoding.dtype))
+        self.statements[name] = got.statement.encode()
 
     def _session(self, offer: tr.Offer) -> CoordinatorSession | PlainCoordinator:
         if self.contract.secagg.enabled:
             return CoordinatorSession(offer, self._check_certificate)
         return PlainCoordinator(offer)
 
-    def _stage(self, stage: str, notes: Mapping[str, Note], take: Callable[[int, Note], None],
-               deadline_s: float | None = None) -> None:
-        """Ask every site, check each answer as it comes; void if one is missing, refused or wrong."""
+    def _online(self) -> list[str]:
+        online = self._exchange.online()
+        self.lost += [Lost(name, "update", UNREACHABLE) for name in self._names if name not in online]
+        return [name for name in self._names if name in online]
+
+    def _stage(self, stage: str, notes: Mapping[str, Note], take: Callable[[int, Note], None], *,
+               deadline_s: float | None = None, quorum: int | None = None) -> list[str]:
+        """Ask, check each answer as it comes; returns who goes on. The others are `lost`."""
         bad: dict[str, str] = {}
 
         def on_answer(name: str, answer: Answer) -> None:
             if answer.note is None:
-                bad[name] = answer.code or "site.malformed"
                 return
             try:
                 take(self._names.index(name), answer.note)
             except ConsiloError as e:
                 bad[name] = e.code
-            except Exception:  # noqa: BLE001 - whatever a site sends voids its attempt, and no more
+            except Exception:  # noqa: BLE001 - whatever a site sends puts it out, and no more
                 bad[name] = MALFORMED
 
-        answers = self._exchange.ask(stage, notes, deadline_s=deadline_s or self._deadlines.stage_s,
-                                     on_answer=on_answer)
-        for name, answer in answers.items():
-            if answer.note is None and name not in bad:
-                bad[name] = answer.code or "site.unreachable"
-        if bad:
-            raise void(bad)
+        answers = self._exchange.ask(stage, notes, deadline_s=deadline_s or self._deadlines.stage_s, on_answer=on_answer,
+                                     quorum=quorum)
+        bad |= {name: answer.code or MALFORMED for name, answer in answers.items() if answer.note is None}
+        self.lost += [Lost(name, stage, bad[name]) for name in notes if name in bad]
+        return [name for name in notes if name not in bad]
 
     def _own(self, step: Callable[[], T]) -> T:
         try:
             return step()
         except ConsiloError as e:
-            raise void({"": e.code}) from e
+            raise void(e.code, {lost.site: lost.code for lost in self.lost}) from e
 
 
-def void(bad: Mapping[str, str]) -> RoundVoid:
-    """The code is that of the first site in order; all are named in the cause."""
-    first = bad[min(bad)]
-    error = RoundVoid(first, "; ".join(f"{name or 'coordinator'}: {code}" for name, code in sorted(bad.items())) + ".",
+def void(code: str, bad: Mapping[str, str]) -> RoundVoid:
+    """`bad`: what is wrong, by site; all are named in the cause."""
+    error = RoundVoid(code, "; ".join(f"{name}: {why}" for name, why in sorted(bad.items())) + ".",
                       "Each site's own log says why; a new attempt needs a fresh update and a fresh charge.")
-    error.sites = tuple(sorted(name for name in bad if name))
+    error.sites = tuple(sorted(bad))
     return error
 
 
@@ -150,6 +172,7 @@ def statement(model: type[P], envelope: bytes, certificate: Certificate) -> P:
     return validate(model, said.predicate)
 
 
-def _masked(note: Note) -> NDArray[np.uint32]:
+def _vector(note: Note, dtype: np.dtype[np.generic]) -> Ring:
+    """The masked vector, in place of one of another type an empty one, which the session refuses."""
     y = note.arrays.get("y")
-    return y.view(np.uint32) if y is not None and y.dtype == np.uint32 else np.zeros(0, np.uint32)
+    return y if y is not None and y.dtype == dtype else np.zeros(0, dtype)  # type: ignore[return-value]

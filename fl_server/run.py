@@ -6,10 +6,11 @@ contract's retries are used up the run ends; the evidence is sealed at the end, 
 
 from __future__ import annotations
 
+import base64
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fl_server.journal import RunJournal
 from fl_server.model_card import write_card
 from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
 from privacy import stages
-from privacy.bundle import Acceptance, BundleWriter, Closing
+from privacy.bundle import KINDS, Acceptance, BundleWriter, Closing
 from privacy.canonical import decimal, parse
 from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError, RoundVoid
@@ -109,7 +110,7 @@ class Run:
         answers = self._query("accept")
         bad = {name: a.code or "site.unreachable" for name, a in answers.items() if a.note is None}
         if bad:
-            raise void(bad)
+            raise void(bad[min(bad)], bad)
         for name in self._names:
             try:
                 envelope = validate(stages.Acceptance, parse(answers[name].note.body)).statement.encode()
@@ -117,7 +118,7 @@ class Run:
                 if (said.site, said.run, said.contract) != (name, self.contract.run, self.contract.digest):
                     raise CheckFailed("round.statement", "An acceptance is about another contract.", "Ask that site.")
             except ConsiloError as e:
-                raise void({name: e.code}) from e
+                raise void(e.code, {name: e.code}) from e
             self._bundle.add_statement("acceptance", name, envelope)
 
     def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Mean, int]:
@@ -128,31 +129,36 @@ class Run:
             try:
                 return self._timed("rounds", lambda: self._driver.attempt(round_no, attempt, adapter)), voids  # noqa: B023
             except RoundVoid as e:
-                self._journal.write("void", round=round_no, attempt=attempt, reason=e.code, sites=list(e.sites))
-                self._state_round(round_no, attempt, adapter_digest(adapter), "", "void", e.code, "")
+                lost = [f"{x.site} {x.stage} {x.code}" for x in self._driver.lost]
+                self._journal.write("void", round=round_no, attempt=attempt, reason=e.code, lost=lost)
+                self._state_round(round_no, attempt, adapter_digest(adapter), outcome="void", reason=e.code)
                 self._progress({"event": "void", "round": round_no, "reason": e.code, "sites": list(e.sites)})
                 voids, attempt = voids + 1, attempt + 1
                 if voids > self.contract.privacy.retries:
                     raise
-                self._exchange.wait_online(self._names, self._deadlines.training_s)
+                self._exchange.wait_online(self._names, self._deadlines.stage_s)
 
     def _save(self, round_no: int, old: Tensors, new: Tensors, mean: Mean) -> None:
         """Adapter on disk first, then the journal's line: from there on the round counts."""
         folder = self._folder / "rounds" / f"{round_no:04d}"
         self._timed("saving", lambda: self._model.save(folder, new, self._base_name))
-        self._journal.write("done", round=round_no, adapter=adapter_digest(new), folder=folder.name)
-        for name in self._names:
-            self._bundle.add_statement("round-site", name, mean.statements[name])
-        self._state_round(round_no, mean.attempt, adapter_digest(old), adapter_digest(new), "done", "",
-                          mean.transcript)
+        self._journal.write("done", round=round_no, attempt=mean.attempt, adapter=adapter_digest(new), folder=folder.name,
+                            sites=list(mean.sites), lost=[f"{x.site} {x.stage} {x.code}" for x in self._driver.lost])
+        self._state_round(round_no, mean.attempt, adapter_digest(old), adapter_digest(new), mean)
         shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
 
-    def _state_round(self, round_no: int, attempt: int, old: str, new: str, outcome: str, reason: str,
-                     transcript: str) -> None:
+    def _state_round(self, round_no: int, attempt: int, old: str, new: str = "", mean: Mean | None = None, *,
+                     outcome: str = "done", reason: str = "") -> None:
+        """The attempt with what its sites signed: those of a void one, or outside the sum, were charged all the same."""
+        for name, envelope in sorted(self._driver.statements.items()):
+            self._bundle.add_statement("round-site", name, envelope)
         self._state("round", ("adapter", new or old), {
-            "round": round_no, "attempt": attempt, "outcome": outcome, "reason": reason,
-            "sites": self._names if outcome == "done" else [], "adapter_in": old, "adapter_out": new,
-            "transcript": transcript})
+            "round": round_no, "attempt": attempt, "outcome": outcome, "reason": reason, "adapter_in": old,
+            "adapter_out": new, "sites": list(mean.sites) if mean else [], "view": mean.view if mean else "",
+            "transcript": mean.transcript if mean else "",
+            "votes": [{"site": name, "signature": base64.b64encode(vote).decode()}
+                      for name, vote in (mean.votes if mean else {}).items()],
+            "dropped": [asdict(lost) for lost in self._driver.lost]})
 
     def _release(self, adapter: Tensors, rounds: int, before: Score, after: Score) -> None:
         folder = self._folder / "adapter"
@@ -196,7 +202,7 @@ class Run:
 
     def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
         common = {"run": self.contract.run, "contract": self.contract.digest}
-        envelope = make(self._signer, f"urn:consilo:{kind}:1", [subject], common | predicate)
+        envelope = make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate)
         self._bundle.add_statement(kind, self._name, envelope)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:

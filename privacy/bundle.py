@@ -39,12 +39,20 @@ FOLDERS = ("certificates", "ledgers", "statements")
 
 Run = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Code = Annotated[str, Field(pattern=r"^[a-z0-9_.]*$", max_length=64)]
+Stage = Literal["update", "shares", "masked", "vote", "unmask"]
+BEFORE_SUM: tuple[Stage, ...] = ("update", "shares", "masked")  # a site that falls out here is not in the sum
 
 
-class Predicate(BaseModel):
-    """What a statement asserts; unknown keys and mistyped values are refused, numbers are decimal strings."""
+class Strict(BaseModel):
+    """Unknown keys and mistyped values are refused; numbers are decimal strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Predicate(Strict):
+    """What a statement asserts."""
+
     run: Run
     contract: Sha256
 
@@ -64,8 +72,8 @@ class RoundSite(Predicate):
     round: int = Field(ge=1, lt=2**31)
     attempt: Count
     adapter_in: Sha256
-    transcript: Sha256 | Literal[""]
-    masked: Sha256
+    view: Sha256 | Literal[""] = Field(description="T2, or '' without secure aggregation")
+    masked: Sha256 = Field(description="SHA-256 of the vector that left")
     q: Number
     clip: Number
     sigma: Number
@@ -76,15 +84,31 @@ class RoundSite(Predicate):
     epsilon: Number | Literal[""]
 
 
+class Vote(Strict):
+    site: Name
+    signature: str = Field(pattern=r"^[A-Za-z0-9+/]{85}[AQgw]==$", description="base64 of s7: Ed25519 over T3 and the index")
+
+
+class Dropout(Strict):
+    """A site that did not answer properly at a stage, and why."""
+
+    site: Name
+    stage: Stage
+    code: Code
+
+
 class Round(Predicate):
     round: int = Field(ge=1, lt=2**31)
     attempt: Count
     outcome: Literal["done", "void"]
-    reason: str = Field(pattern=r"^[a-z0-9_.]*$", max_length=64)
-    sites: list[Name] = Field(max_length=100)
+    reason: Code
+    sites: list[Name] = Field(max_length=100, description="in the sum, in the contract's order")
     adapter_in: Sha256
     adapter_out: Sha256 | Literal[""]
-    transcript: Sha256 | Literal[""]
+    view: Sha256 | Literal[""]
+    transcript: Sha256 | Literal[""] = Field(description="T3")
+    votes: list[Vote] = Field(max_length=100)
+    dropped: list[Dropout] = Field(max_length=200)
 
 
 class Closing(Predicate):
@@ -124,8 +148,8 @@ class Kind:
 
 KINDS = {kind.name: kind for kind in (
     Kind("acceptance", "urn:consilo:acceptance:1", "site", Acceptance),
-    Kind("round-site", "urn:consilo:round-site:1", "site", RoundSite),
-    Kind("round", "urn:consilo:round:1", "coordinator", Round),
+    Kind("round-site", "urn:consilo:round-site:2", "site", RoundSite),
+    Kind("round", "urn:consilo:round:2", "coordinator", Round),
     Kind("closing", "urn:consilo:closing:1", "site", Closing),
     Kind("release", "urn:consilo:release:1", "coordinator", Release),
 )}

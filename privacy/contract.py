@@ -14,8 +14,8 @@ from privacy.canonical import canonical, digest, parse
 from privacy.errors import UsageError, nearest
 from privacy.mechanism import DpMechanism
 
-Suite = Literal["consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"]
-SUITE: Suite = "consilo-secagg-1:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
+Suite = Literal["consilo-secagg-2:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"]
+SUITE: Suite = "consilo-secagg-2:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
 T = TypeVar("T", bound=BaseModel)
@@ -93,13 +93,20 @@ class PrivacyTerms(Terms):
         return self
 
 
+class TensorRange(Terms):
+    tensor: str = Field(min_length=1, max_length=200, description="name of trained tensors; * stands for any characters")
+    range: float = Field(gt=0)
+
+
 class SecAggTerms(Terms):
     enabled: bool = True
     suite: Suite = SUITE
-    threshold: int = Field(ge=2, description="t of SECURE AGGREGATION: shares needed to unmask")
-    bits: int = Field(24, ge=2, le=31, description="b: values are rounded to (2^(b-1) - 1) / range")
-    ring: Literal[32] = 32
+    threshold: int = Field(ge=1, description="t: shares and votes needed to unmask")
+    survivors: int = Field(ge=1, description="fewest sites whose sum may become known")
+    ring: Literal[16, 32] = Field(32, description="sums are taken mod 2^ring; 16 halves the upload")
+    bits: int = Field(24, ge=2, le=31, description="b: values are rounded to steps of range / (2^(b-1) - 1)")
     range: float = Field(gt=0, description="public bound C on every coordinate of an update")
+    ranges: tuple[TensorRange, ...] = Field((), max_length=64, description="bounds of single tensors; the first that fits")
 
 
 class SiteTerms(Terms):

@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from privacy.accountant import Release, decimal_up, delta_at, epsilon
-from privacy.bundle import Acceptance, Round, RoundSite
+from privacy.bundle import BEFORE_SUM, Acceptance, Round, RoundSite
 from privacy.bundle import Release as Released
 from privacy.canonical import canonical
 from privacy.contract import Contract
@@ -67,7 +67,8 @@ def _contents(verdict: Verdict, facts: Facts, bundle: Path) -> tuple[dict[str, A
     report |= {"title": _titles(private, hidden), "private": private, "secure_aggregation": hidden, "run": agreed.run,
                "contract": {"digest": agreed.digest, "purpose": agreed.purpose, "code": agreed.code_version,
                             "data": agreed.data.name, "labels": len(agreed.data.labels), "rule": agreed.rule.name,
-                            "model": agreed.model.weights, "threshold": agreed.secagg.threshold,
+                            "model": agreed.model.weights, "sites": len(agreed.sites), "threshold": agreed.secagg.threshold,
+                            "survivors": agreed.secagg.survivors, "hiding_set": agreed.secagg.survivors - 1,
                             "suite": agreed.secagg.suite},
                "rounds": _rounds(facts, agreed), "incidents": _incidents(facts, agreed),
                "approvals": [{"site": a.site, "organisation": facts.peers[a.site].organisation, "approver": a.approver,
@@ -93,35 +94,42 @@ def _title(en: str, zh: str, sub_en: str, sub_zh: str) -> dict[str, str]:
 
 def _rounds(facts: Facts, agreed: Contract) -> dict[str, Any]:
     attempts = facts.said(Round)
-    done = sum(r.outcome == "done" for r in attempts)
-    return {"planned": agreed.privacy.rounds, "retries": agreed.privacy.retries, "done": done,
-            "void": len(attempts) - done}
+    sums = [len(r.sites) for r in attempts if r.outcome == "done"]
+    full = sum(n == len(agreed.sites) for n in sums)
+    return {"planned": agreed.privacy.rounds, "retries": agreed.privacy.retries, "done": len(sums),
+            "void": len(attempts) - len(sums), "full": full, "partial": len(sums) - full}
 
 
 def _incidents(facts: Facts, agreed: Contract) -> list[dict[str, Any]]:
-    """Void attempts, sites missing from a sum, charges without any statement, refusals (of no round in particular)."""
-    names = {s.name for s in agreed.sites}
+    """Void attempts, who dropped out where, charges without any statement, refusals (of no round in particular)."""
     found: list[dict[str, Any]] = []
+
+    def add(kind: str, at: tuple[int, int], sites: Sequence[str], *, stage: str = "", reason: str = "") -> None:
+        round_, attempt = at
+        found.append({"kind": kind, "round": round_, "attempt": attempt, "stage": stage, "reason": reason,
+                      "sites": list(sites)})
+
     for r in facts.said(Round):
-        if r.outcome == "void":
-            found.append({"kind": "void", "round": r.round, "attempt": r.attempt, "reason": r.reason, "sites": []})
-        elif missing := sorted(names - set(r.sites)):
-            found.append({"kind": "missing", "round": r.round, "attempt": r.attempt, "reason": "", "sites": missing})
+        at, void = (r.round, r.attempt), r.outcome == "void"
+        if void:
+            add("void", at, [], reason=r.reason)
+        for stage, code in dict.fromkeys((d.stage, d.code) for d in r.dropped):
+            kind = "dropped" if void else "missing" if stage in BEFORE_SUM else "silent"
+            add(kind, at, sorted(d.site for d in r.dropped if (d.stage, d.code) == (stage, code)), stage=stage, reason=code)
     signed = {(s.site, s.round, s.attempt) for s in facts.said(RoundSite)}
     unsigned: dict[tuple[int, int], list[str]] = {}
+    refused: dict[str, set[str]] = {}
     for site, ledger in facts.ledgers.items():
         for charge in ledger.reserves:
             if charge.run == agreed.run and (site, charge.round, charge.attempt) not in signed:
                 unsigned.setdefault((charge.round, charge.attempt), []).append(site)
-    found += [{"kind": "unsigned", "round": round_, "attempt": attempt, "reason": "", "sites": sites}
-              for (round_, attempt), sites in unsigned.items()]
-    refused: dict[str, list[str]] = {}
-    for site, ledger in facts.ledgers.items():
         for refusal in ledger.refusals:
             if refusal.run == agreed.run:
-                refused.setdefault(refusal.code, []).append(site)
-    found += [{"kind": "refused", "round": 0, "attempt": 0, "reason": code, "sites": sorted(set(sites))}
-              for code, sites in sorted(refused.items())]
+                refused.setdefault(refusal.code, set()).add(site)
+    for at, sites in unsigned.items():
+        add("unsigned", at, sites)
+    for code in sorted(refused):
+        add("refused", (0, 0), sorted(refused[code]), reason=code)
     return sorted(found, key=lambda i: (i["round"], i["attempt"]))
 
 

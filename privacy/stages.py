@@ -20,11 +20,11 @@ class Acceptance(Terms):
     statement: str = Field(max_length=65_536, description="envelope of urn:consilo:acceptance:1")
 
 
-class Unmasked(Terms):
-    """Answer to `unmask`: M9 and the site's statement on the round."""
+class Masked(Terms):
+    """Answer to `masked`: M5 and the site's statement on the attempt; the masked vector travels beside it."""
 
-    m9: str = Field(max_length=MAX_JSON_BYTES)
-    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:1")
+    m5: str = Field(max_length=65_536)
+    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:2")
 
 
 class Closed(Terms):

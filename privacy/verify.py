@@ -10,10 +10,12 @@ The rules, in order. Each is checked even if an earlier one failed; every findin
  4. statements    Each is signed by a certificate of the role that its type needs, under its signer's own name, about
                   the subject that it names; numbered without a gap.
  5. contract      Its digest is in every statement. Its sites and their certificates are those of the bundle. Each
-                  site accepted it.
+                  site accepted it. Its threshold and least sum hide a site from a coordinator with one accomplice.
  6. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
-                  numbered; only the last round may lack a result. Every site in a sum signed that sum's transcript,
-                  and trained with the contract's mechanism.
+                  numbered; only the last round may lack a result. All who signed trained with the contract's
+                  mechanism and saw the same cohort. No sum is over fewer sites than the contract allows; each site in
+                  it signed its own vector, at least a threshold of them voted for exactly these vectors, and every
+                  other site is named with the stage at which it dropped out.
  7. ledgers       Each site's hash chain and signatures hold; it is the extract that the site's closing statement
                   names; every attempt that the site signed was reserved, with the contract's mechanism.
  8. epsilon       Recomputed from the reserves of each site: nowhere may a claim be below it, or above the cap.

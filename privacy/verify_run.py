@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
+
 from privacy.accountant import epsilon
-from privacy.bundle import Acceptance, Closing, Release, Round, RoundSite
+from privacy.bundle import BEFORE_SUM, Acceptance, Closing, Release, Round, RoundSite
 from privacy.canonical import parse
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError
-from privacy.identity import Role
+from privacy.identity import Role, verify_signature
 from privacy.ledger import LedgerSummary, check_extract
 from privacy.ledger_records import charge, schedule
+from privacy.secagg import transcript as tr
 from privacy.verify_trust import Facts, Findings, Spending
 
 MAX_PREFIXES = 64  # reserves of a site whose claim is recomputed; between them claims can only grow
@@ -23,6 +26,8 @@ def contract(facts: Facts, found: Findings) -> str:
     agreed = load_contract(data)
     for site in agreed.sites:
         agreed.plans(site.name)  # every phase is a mechanism that can be
+    if agreed.secagg.enabled:  # else no sum hides a site, even from a coordinator that colludes with but one other
+        tr.check_cohort(len(agreed.sites), agreed.secagg.threshold, agreed.secagg.survivors, n_c=1)
     if found.expect(agreed.to_bytes() == data, "the contract is not in canonical form"):
         facts.contract = agreed
     for event in facts.events:
@@ -62,17 +67,23 @@ def rounds(facts: Facts, found: Findings) -> str:
         sites = signed.pop((r.round, r.attempt), {})
         for s in sites.values():
             found.expect(s.adapter_in == r.adapter_in, f"{where}: {s.site} trained from another adapter")
+        _attempt(agreed, r, sites, where, found)
         if r.outcome == "done":
             _sum(agreed, r, sites, where, found)
+            if agreed.secagg.enabled:
+                _votes(facts, agreed, r, sites, where, found)
             adapter = r.adapter_out
         else:
-            found.expect(not r.adapter_out and not r.sites and bool(r.reason), f"{where} is void, yet names a result")
+            found.expect(not (r.adapter_out or r.sites or r.transcript or r.votes) and bool(r.reason),
+                         f"{where} is void, yet names a result, or no reason")
     found.expect(not signed, "sites signed an attempt that the coordinator doesn't account for")
-    done = sum(r.outcome == "done" for r in attempts)
+    sums = [len(r.sites) for r in attempts if r.outcome == "done"]
+    done, fewer = len(sums), sum(n < len(agreed.sites) for n in sums)
     found.expect(done <= agreed.privacy.rounds, "there are more rounds than the contract allows")
     early = "" if done == agreed.privacy.rounds else f" of {agreed.privacy.rounds} planned (the job ended early)"
-    note = "" if agreed.secagg.enabled else f"; {VISIBLE}"
-    return f"{done} rounds{early}, {len(attempts) - done} void attempts; each starts where the one before ended{note}"
+    notes = [f"; sums over fewer than all sites: {fewer}"] * (fewer > 0) + [f"; {VISIBLE}"] * (not agreed.secagg.enabled)
+    return (f"{done} rounds{early}, {len(attempts) - done} void attempts; each starts where the one before ended"
+            + "".join(notes))
 
 
 def _order(attempts: list[Round], found: Findings) -> None:
@@ -85,21 +96,57 @@ def _order(attempts: list[Round], found: Findings) -> None:
         expected = (r.round + 1, 0) if r.outcome == "done" else (r.round, r.attempt + 1)
 
 
+def _attempt(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
+    """Done or void: all who signed saw the same cohort and keys, and who dropped out is named in a way that can be."""
+    if agreed.secagg.enabled:
+        view = r.view or next((s.view for s in sites.values()), "")
+        for s in sites.values():
+            found.expect(bool(s.view) and s.view == view, f"{where}: {s.site} signed another view than the others, or none")
+    else:
+        found.expect(not (r.view or r.transcript or r.votes or any(s.view for s in sites.values())),
+                     f"{where} names a view, a transcript or a vote, but secure aggregation was off")
+    dropped = {(d.site, d.stage) for d in r.dropped}
+    found.expect(len(dropped) == len(r.dropped) and {name for name, _ in dropped} <= {s.name for s in agreed.sites},
+                 f"{where}: a site that dropped out is unknown, or named twice at one stage")
+
+
 def _sum(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
-    """A done round: every site in the sum signed it, and nobody signed it who isn't in the sum."""
+    """A done round: enough sites, each with a statement of its own; who isn't in the sum dropped out before it."""
+    names, counted = [s.name for s in agreed.sites], set(r.sites)
     found.expect(bool(r.adapter_out) and not r.reason, f"{where} is done, yet has no result or a reason")
-    found.expect(len(set(r.sites)) == len(r.sites) > 0 and set(r.sites) <= {s.name for s in agreed.sites},
-                 f"{where} names a site twice, an unknown one, or none")
+    found.expect(bool(counted) and r.sites == [name for name in names if name in counted],
+                 f"{where} names a site twice, out of order, an unknown one, or none")
+    found.expect(len(counted) >= agreed.secagg.survivors, f"{where} sums fewer sites than the contract allows")
     for name in r.sites:
         found.expect(name in sites, f"{where}: {name} is in the sum without a signed statement of its own")
-    if agreed.secagg.enabled:
-        found.expect(bool(r.transcript), f"{where} has no transcript of its secure sum")
-        found.expect(len(r.sites) >= agreed.secagg.threshold, f"{where} sums fewer sites than the threshold")
-        same = {s.site for s in sites.values() if s.transcript == r.transcript}
-        found.expect(same == set(r.sites), f"{where}: those who signed the transcript are not those in the sum")
-    else:
-        found.expect(not r.transcript and not any(s.transcript for s in sites.values()),
-                     f"{where} names a transcript, but secure aggregation was off")
+    early = {d.site for d in r.dropped if d.stage in BEFORE_SUM}
+    late = {d.site for d in r.dropped if d.stage not in BEFORE_SUM}
+    for name in names:
+        found.expect(name in counted | early, f"{where}: {name} is neither in the sum nor dropped out before it")
+    found.expect(not counted & early and late <= counted,
+                 f"{where}: a site in the sum dropped out before it, or one that isn't dropped out after it")
+
+
+def _votes(facts: Facts, agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
+    """A done round's T3, recomputed from what each site signed by itself, is what enough of those in the sum voted for."""
+    index = {s.name: i for i, s in enumerate(agreed.sites)}
+    vectors = [(index[name], bytes.fromhex(sites[name].masked)) for name in r.sites if name in sites and name in index]
+    found.expect(bool(r.view) and tr.t3(bytes.fromhex(r.view), vectors).hex() == r.transcript,
+                 f"{where}: the transcript is not that of the vectors that its sites signed")
+    voters = {v.site for v in r.votes}
+    found.expect(len(voters) == len(r.votes) and voters <= set(r.sites),
+                 f"{where}: a vote is repeated, or of a site that isn't in the sum")
+    for vote in r.votes:
+        try:
+            signed = tr.signed_m7(bytes.fromhex(r.transcript), index[vote.site])
+            verify_signature(facts.peers[vote.site].certificate, b64decode(vote.signature), signed)
+        except (ConsiloError, KeyError):
+            voters.discard(vote.site)
+            found.append(f"{where}: a vote is not a site's signature on this sum")
+    found.expect(len(voters) >= agreed.secagg.threshold, f"{where}: fewer sites voted for the sum than the threshold")
+    silent = {d.site for d in r.dropped if d.stage == "vote"}
+    found.expect(silent == set(r.sites) - {v.site for v in r.votes},
+                 f"{where}: those in the sum without a vote are not those that dropped out at the vote")
 
 
 def _mechanism(agreed: Contract, s: RoundSite, found: Findings) -> None:

@@ -175,7 +175,7 @@ def _subject_holds(facts: Facts, statement: Statement, predicate: Predicate) -> 
     """The in-toto subject is the document that the predicate names."""
     match predicate:
         case RoundSite():
-            wanted = predicate.transcript or predicate.masked
+            wanted = predicate.view or predicate.masked
         case Round():
             wanted = predicate.adapter_out or predicate.adapter_in
         case Closing():

@@ -27,9 +27,14 @@ class AdapterSpec:
     trained: frozenset[str]
 
     @property
+    def sizes(self) -> tuple[tuple[str, int], ...]:
+        """(name, number of values) of what is trained, in the order of the update vector."""
+        return tuple((name, int(np.prod(shape))) for name, shape in self.shapes if name in self.trained)
+
+    @property
     def dim(self) -> int:
         """Length of the update vector."""
-        return sum(int(np.prod(shape)) for name, shape in self.shapes if name in self.trained)
+        return sum(count for _, count in self.sizes)
 
     def check(self, tensors: Mapping[str, NDArray[np.generic]]) -> dict[str, NDArray[np.float32]]:
         """The tensors in order. Raises Refused `adapter.tensor`, naming the tensor that is missing, extra or wrong."""

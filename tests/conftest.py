@@ -99,7 +99,7 @@ def tiny_contract(tiny_model: Path, tiny_labels: tuple[str, ...]) -> Callable[..
             "lora": {"r": 2, "alpha": 8.0},
             "rule": {},
             "privacy": {"rounds": 2, "physical_batch": 32},
-            "secagg": {"threshold": 3, "range": 10.0},
+            "secagg": {"threshold": 3, "survivors": 3, "range": 10.0},
             "sites": [{"name": name, "signer": f"{i:064x}", "n_decl": 70, "delta": 1e-5, "sigma": 1.0} | (site or {})
                       for i, name in enumerate(sites)]}
         for name, value in sections.items():

@@ -14,7 +14,6 @@ from privacy.errors import Aborted
 
 _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
 MLKEM_PUBLIC = 1184
-PUBLIC_BYTES = MLKEM_PUBLIC + 32
 
 
 class HybridKey:
@@ -35,8 +34,6 @@ class HybridKey:
 
 def seal(public: bytes, plaintext: bytes, info: bytes) -> bytes:
     """Encrypt to a peer. Raises Aborted `secagg.ciphertext` for a key that is no key."""
-    if len(public) != PUBLIC_BYTES:
-        raise _aborted()
     try:
         key = hpke.MLKEM768X25519PublicKey(MLKEM768PublicKey.from_public_bytes(public[:MLKEM_PUBLIC]),
                                            X25519PublicKey.from_public_bytes(public[MLKEM_PUBLIC:]))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from datetime import UTC, datetime
 
 from cryptography.x509 import Certificate
 
 from privacy.errors import Aborted
 from privacy.identity import Peer, Role, TrustStore, load_certificate, verify_signature
-from privacy.secagg import hybrid
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1
 
@@ -30,13 +29,13 @@ def certificate_check(trust: TrustStore) -> CheckCertificate:
 
 
 def check_key(offer: tr.Offer, key: M1, check_certificate: CheckCertificate) -> Peer:
-    """The peer behind one M1. Raises Aborted `secagg.peer`, `secagg.ciphertext`, or Refused from its certificate."""
+    """The peer behind one M1, whose index the cohort has. Raises Aborted `secagg.peer`, or Refused from its certificate
+    or signature."""
     peer = check_certificate(key.certificate)
-    member = offer.cohort[key.index] if key.index < len(offer.cohort) else None
-    if member is None or (peer.fingerprint, peer.name) != (member.certificate, member.name):
+    member = offer.cohort[key.index]
+    if (peer.fingerprint, peer.name) != (member.certificate, member.name):
         raise _refused("A key comes with a certificate that the cohort does not name.")
     verify_signature(peer.certificate, key.signature, tr.signed_m1(offer.ctx, key.index, key.public))
-    hybrid.seal(key.public, b"", b"")  # a key that can't be used is its sender's fault, found before others meet it
     return peer
 
 
@@ -47,14 +46,24 @@ def check_distinct(peers: Sequence[Peer]) -> None:
         raise _refused("Two members of the cohort share a key, a name or an organisation.")
 
 
-def check_keys(offer: tr.Offer, keys: Sequence[M1], check_certificate: CheckCertificate) -> list[Certificate]:
-    """Certificates in cohort order. The list must be the whole cohort, in order, with distinct keys."""
-    if [k.index for k in keys] != list(range(len(offer.cohort))) or len({k.public for k in keys}) != len(keys):
-        raise Aborted("secagg.key_list", "The key list is not that of the whole cohort.",
-                      "The round is void; a site may have dropped out.")
+def check_keys(offer: tr.Offer, keys: Sequence[M1], check_certificate: CheckCertificate) -> dict[int, Certificate]:
+    """Certificates of U1 by cohort index: distinct members of the cohort in order, enough of them, distinct keys."""
+    check_members([k.index for k in keys], range(len(offer.cohort)), offer.survivors, "key_list")
+    if len({k.public for k in keys}) != len(keys):
+        raise _refused("Two members of the cohort sent one key.")
     peers = [check_key(offer, k, check_certificate) for k in keys]
     check_distinct(peers)
-    return [p.certificate for p in peers]
+    return {k.index: p.certificate for k, p in zip(keys, peers, strict=True)}
+
+
+def check_members(members: Sequence[int], among: Container[int], least: int, what: str) -> None:
+    """A list of a stage: sorted, without repetition, part of the stage before, long enough. Raises Aborted."""
+    if list(members) != sorted(set(members)) or not all(u in among for u in members):
+        raise Aborted(f"secagg.{what}", "A list of sites repeats one, is out of order, or names one that isn't there.",
+                      "The round is void; the coordinator's software differs.")
+    if len(members) < least:
+        raise Aborted("secagg.too_few", f"{len(members)} sites are left, {least} are needed.",
+                      "The round is void; a new attempt needs a fresh update and a fresh charge.")
 
 
 def _refused(cause: str) -> Aborted:

@@ -5,61 +5,77 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from numpy.typing import NDArray
 
 from privacy.errors import Aborted
 from privacy.secagg import transcript as tr
-from privacy.secagg.messages import M5, dump, load
+from privacy.secagg.messages import M5, Ring, dump, load
+from privacy.secagg.peers import check_members
+from privacy.secagg.site import SpentJournal
+
+NOTHING = b"{}"
 
 
 class PlainSite:
     """`SiteSession` that hides nothing and signs nothing; the round's statement binds the vector."""
 
-    transcript = b""
+    view = transcript = b""
+    masked = ""
 
-    def __init__(self, offer: tr.Offer, index: int) -> None:
-        self.offer, self.index = offer, index
+    def __init__(self, offer: tr.Offer, index: int, journal: SpentJournal) -> None:
+        self.offer, self.index, self._journal = offer, index, journal
 
     def m1(self) -> bytes:
-        return b"{}"
+        self._journal.started(self.offer.run, self.offer.round, self.offer.attempt)
+        return NOTHING
 
     def m3(self, m2: bytes) -> bytes:
-        return b"{}"
+        return NOTHING
 
-    def m5(self, m4: bytes, encoded: NDArray[np.uint32]) -> tuple[bytes, NDArray[np.uint32]]:
-        self.masked = hashlib.sha256(encoded.tobytes()).hexdigest()
+    def m5(self, m4: bytes, encoded: Ring) -> tuple[bytes, Ring]:
+        o = self.offer
+        self._journal.spent(o.run, o.round, o.attempt, o.adapter)
+        self.masked = hashlib.sha256(encoded.data).hexdigest()
         return dump(M5(index=self.index, y_hash=self.masked, signature=b"")), encoded
 
-    def m9(self, m6: bytes) -> bytes:
-        return b"{}"
+    def m7(self, m6: bytes) -> bytes:
+        return NOTHING
+
+    def m9(self, m8: bytes) -> bytes:
+        return NOTHING
+
+    def expire(self) -> None:
+        pass
 
 
 class PlainCoordinator:
-    """`CoordinatorSession` that adds what it sees."""
+    """`CoordinatorSession` that adds what it sees, with the same least number of sites."""
 
-    transcript = b""
+    view = transcript = b""
 
     def __init__(self, offer: tr.Offer) -> None:
         self.offer, self._seen = offer, dict[int, str]()
-        self.total = np.zeros(offer.dim, np.uint32)
+        self.survivors: tuple[int, ...] = ()
+        self.votes: dict[int, bytes] = {}
+        self.total = np.zeros(offer.dim, offer.encoding.dtype)
 
     def take_m1(self, index: int, data: bytes) -> None:
         pass
 
     def m2(self) -> bytes:
-        return b"{}"
+        return NOTHING
 
     def take_m3(self, index: int, data: bytes) -> None:
         pass
 
     def m4(self) -> dict[int, bytes]:
-        return {m.index: b"{}" for m in self.offer.cohort}
+        return {m.index: NOTHING for m in self.offer.cohort}
 
-    def take_m5(self, index: int, data: bytes, y: NDArray[np.uint32]) -> None:
+    def take_m5(self, index: int, data: bytes, y: Ring) -> None:
         m5 = load(M5, data)
-        if (m5.index != index or index in self._seen or y.dtype != np.uint32 or y.shape != (self.offer.dim,)
+        if (m5.index != index or index in self._seen or self.survivors
+                or y.dtype != self.total.dtype or y.shape != self.total.shape
                 or hashlib.sha256(np.ascontiguousarray(y).data).hexdigest() != m5.y_hash):
-            raise Aborted("secagg.dimension", "A vector has the wrong shape or sender.", "The round is void.")
+            raise Aborted("secagg.dimension", "A vector has the wrong shape or sender.", "That site is left out.")
         self._seen[index] = m5.y_hash
         np.add(self.total, y, out=self.total)
 
@@ -67,12 +83,18 @@ class PlainCoordinator:
         return self._seen[index]
 
     def m6(self) -> bytes:
-        if len(self._seen) != len(self.offer.cohort):
-            raise Aborted("secagg.dropout", "A site dropped out.", "The round is void; try a new attempt.")
-        return b"{}"
+        check_members(sorted(self._seen), range(len(self.offer.cohort)), self.offer.survivors, "stage")
+        self.survivors = tuple(sorted(self._seen))
+        return NOTHING
+
+    def take_m7(self, index: int, data: bytes) -> None:
+        pass
+
+    def m8(self) -> bytes:
+        return NOTHING
 
     def take_m9(self, index: int, data: bytes) -> None:
         pass
 
-    def unmask(self) -> NDArray[np.uint32]:
+    def unmask(self) -> Ring:
         return self.total

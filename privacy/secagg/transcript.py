@@ -1,19 +1,22 @@
 """What every signature and key derivation is bound to: ctx, T1, T2, T3, and the bytes that are signed.
 
 All hashes are labelled and length-prefixed (`labelled_hash`), so that the encoding is injective. Signed bytes are a
-visible stage prefix followed by a hash.
+visible stage prefix followed by a hash. Lists are sorted by cohort index.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
-from privacy.contract import SUITE, Contract, Name, Sha256, Suite, Terms
-from privacy.errors import Refused
+from privacy.contract import SUITE, Contract, Name, SecAggTerms, Sha256, Suite, Terms
+from privacy.errors import Refused, UsageError, nearest
+from privacy.secagg.encoding import Encoding
 
 MAX_COHORT = 100
 
@@ -32,28 +35,58 @@ class Offer(Terms):
     round: int = Field(ge=1)
     attempt: int = Field(ge=0)
     cohort: tuple[Member, ...] = Field(max_length=MAX_COHORT)
-    threshold: int
-    dim: int = Field(ge=1)
-    ring: Literal[32] = 32
+    threshold: int = Field(description="t: shares, and votes, needed to unmask")
+    survivors: int = Field(description="least |U1|, |U2| and |U3|")
+    ring: Literal[16, 32]
     bits: int
-    range: str = Field(description="C, a decimal string")
+    ranges: tuple[tuple[Annotated[int, Field(ge=1)], str], ...] = Field(description="(count, C as a decimal string): the "
+                                                                       "public bound on each segment of the vector")
     w_cap: str = "1.0"
     base_model: Sha256
     adapter: Sha256
     contract: Sha256
 
-    @property
+    @cached_property
     def ctx(self) -> bytes:
         return labelled_hash("consilo secagg ctx", canonical(self.model_dump(mode="json")))
 
+    @property
+    def dim(self) -> int:
+        return sum(count for count, _ in self.ranges)
 
-def offer(contract: Contract, *, round_no: int, attempt: int, dim: int, adapter: str) -> Offer:
-    """The M0 that a contract implies. Coordinator and site both build it; the site compares."""
+    @cached_property
+    def encoding(self) -> Encoding:
+        """Raises UsageError `encoding.overflow`."""
+        return Encoding(bits=self.bits, ring=self.ring, cohort=len(self.cohort),
+                        ranges=tuple((count, float(bound)) for count, bound in self.ranges))
+
+
+def offer(contract: Contract, *, round_no: int, attempt: int, tensors: Sequence[tuple[str, int]], adapter: str) -> Offer:
+    """The M0 that a contract implies. Coordinator and site both build it; the site compares.
+
+    tensors: (name, number of values) of what is trained, in the order of the flat vector. Raises UsageError
+    `encoding.range` for a range that no tensor has.
+    """
     s = contract.secagg
     cohort = tuple(Member(index=i, name=site.name, certificate=site.signer) for i, site in enumerate(contract.sites))
-    return Offer(run=contract.run, round=round_no, attempt=attempt, cohort=cohort, threshold=s.threshold, dim=dim,
-                 bits=s.bits, range=repr(s.range), base_model=contract.model.weights, adapter=adapter,
-                 contract=contract.digest)
+    return Offer(run=contract.run, round=round_no, attempt=attempt, cohort=cohort, threshold=s.threshold,
+                 survivors=s.survivors, ring=s.ring, bits=s.bits, ranges=_segments(s, tensors),
+                 base_model=contract.model.weights, adapter=adapter, contract=contract.digest)
+
+
+def _segments(terms: SecAggTerms, tensors: Sequence[tuple[str, int]]) -> tuple[tuple[int, str], ...]:
+    """The first pattern that fits a tensor's name gives its range; neighbours of one range are one segment."""
+    for own in terms.ranges:
+        if not any(fnmatchcase(name, own.tensor) for name, _ in tensors):
+            raise UsageError("encoding.range", f"No trained tensor is called {own.tensor!r}.",
+                             nearest(own.tensor, [name for name, _ in tensors]))
+    out: list[tuple[int, str]] = []
+    for name, count in tensors:
+        bound = repr(next((own.range for own in terms.ranges if fnmatchcase(name, own.tensor)), terms.range))
+        if out and out[-1][1] == bound:
+            count += out.pop()[0]
+        out.append((count, bound))
+    return tuple(out)
 
 
 def least_threshold(n: int, n_c: int) -> int:
@@ -61,14 +94,22 @@ def least_threshold(n: int, n_c: int) -> int:
     return max(2 * n // 3 + 1, (n + n_c) // 2 + 1)
 
 
-def check_cohort(n: int, t: int, n_c: int) -> None:
-    """Raises Refused `secagg.cohort` (too few or too many sites) and `secagg.threshold`."""
+def least_survivors(t: int, n_c: int) -> int:
+    """Fewest sites whose sum may become known, with threshold t and n_c colluding sites."""
+    return max(t, n_c + 2)
+
+
+def check_cohort(n: int, t: int, survivors: int, n_c: int) -> None:
+    """Raises Refused `secagg.cohort` (too few or too many sites), `secagg.threshold`, `secagg.survivors`."""
     if n_c < 1 or n < n_c + 2 or n > MAX_COHORT:
         raise Refused("secagg.cohort", f"A cohort of {n} can't hide a site among {n_c} colluding ones.",
                       f"Use {n_c + 2} to {MAX_COHORT} sites.")
     if not least_threshold(n, n_c) <= t <= n:
         raise Refused("secagg.threshold", f"Threshold {t} is not in {least_threshold(n, n_c)}..{n}.",
                       "Set secure_aggregation.threshold in the contract.")
+    if not least_survivors(t, n_c) <= survivors <= n:
+        raise Refused("secagg.survivors", f"Sums of {survivors} sites are not in {least_survivors(t, n_c)}..{n}.",
+                      "Set secure_aggregation.survivors in the contract.")
 
 
 def t1(ctx: bytes, keys: Sequence[tuple[int, bytes]]) -> bytes:
@@ -81,6 +122,12 @@ def t2(t1_hash: bytes, bodies: Sequence[tuple[int, bytes]]) -> bytes:
 
 def t3(t2_hash: bytes, vectors: Sequence[tuple[int, bytes]]) -> bytes:
     return labelled_hash("consilo secagg T3", t2_hash, *(x for pair in vectors for x in pair))
+
+
+def released_pairs(u2: Sequence[int], u3: Sequence[int]) -> list[tuple[int, int]]:
+    """(low, high) with exactly one of them in U3: the pair masks that don't cancel in the survivors' sum."""
+    alive = set(u3)
+    return [(low, high) for low in u2 for high in u2 if low < high and (low in alive) != (high in alive)]
 
 
 def commit_b(t1_hash: bytes, u: int, b: bytes) -> bytes:
@@ -113,6 +160,10 @@ def signed_m3(t1_hash: bytes, body: bytes) -> bytes:
 
 def signed_m5(t2_hash: bytes, u: int, y_hash: bytes) -> bytes:
     return b"consilo secagg M5\n" + labelled_hash("s5", t2_hash, u, y_hash)
+
+
+def signed_m7(t3_hash: bytes, u: int) -> bytes:
+    return b"consilo secagg M7\n" + labelled_hash("s7", t3_hash, u)
 
 
 def signed_m9(t3_hash: bytes, u: int, shares: bytes) -> bytes:

@@ -63,13 +63,17 @@ def test_runs_are_apart(path: Path) -> None:
     assert (journal.last(RUN), journal.last(OTHER)) == ((5, 1), (1, 0))
 
 
-def test_spent_update_counts_as_begun(path: Path) -> None:
+def test_spent_adapters_and_released_sums_are_remembered(path: Path) -> None:
     journal = SiteJournal(path)
     journal.started(RUN, 1, 0)
-    journal.spent(RUN, 1, 0, b"\x01\x02")
+    journal.spent(RUN, 1, 0, "ab" * 32)
+    assert journal.spent_from(RUN) == {"ab" * 32}
+    journal.unmasked(RUN, 1, 0, "cd" * 32)
     journal.close()
-    assert b'"update":"0102"' in path.read_bytes()
-    assert reopened(path).last(RUN) == (1, 0)
+    assert b'"transcript":"cdcd' in path.read_bytes()
+    again = reopened(path)
+    assert (again.last(RUN), again.attempts(RUN)) == ((1, 0), 1)
+    assert (again.spent_from(RUN), again.spent_from(OTHER)) == ({"ab" * 32}, set())
 
 
 def test_every_cut_of_the_last_line_is_mended(path: Path) -> None:
@@ -150,11 +154,13 @@ class Recorded(FileLayer):
         self.durable.append(data)
 
 
-def test_started_and_spent_are_durable_when_they_return(path: Path) -> None:
+def test_every_event_is_durable_when_its_call_returns(path: Path) -> None:
     layer = Recorded()
     journal = SiteJournal(path, layer)
     journal.started(RUN, 1, 0)
     assert len(layer.durable) == 1
-    journal.spent(RUN, 1, 0, b"u")
+    journal.spent(RUN, 1, 0, "ab" * 32)
     assert len(layer.durable) == 2
+    journal.unmasked(RUN, 1, 0, "cd" * 32)
+    assert len(layer.durable) == 3
     assert path.read_bytes() == b"".join(layer.durable)

@@ -68,10 +68,17 @@ def test_cohort_limits(tiny_contract: Make) -> None:
     four = tiny_contract(sites=("site-a", "site-b", "site-c", "site-d"))
     assert code(tiny_contract(), min_cohort=3) == "accepted"
     assert code(tiny_contract(), min_cohort=4) == "policy.cohort"
-    assert code(four, min_cohort=4) == "accepted"
+    assert code(four, min_cohort=4) == "policy.cohort", "sums of three sites"
+    sums_of_four = tiny_contract(sites=("site-a", "site-b", "site-c", "site-d"), secagg={"survivors": 4})
+    assert code(sums_of_four, min_cohort=4) == "accepted"
     assert code(tiny_contract(), colluding=2) == "secagg.cohort"
     assert code(four, colluding=2) == "secagg.threshold"
     assert code(tiny_contract(secagg={"threshold": 2})) == "secagg.threshold"
+    assert code(tiny_contract(secagg={"survivors": 2}), min_cohort=2) == "secagg.survivors"
+    assert code(tiny_contract(secagg={"survivors": 4})) == "secagg.survivors", "more than there are"
+    assert code(tiny_contract(secagg={"bits": 31})) == "encoding.overflow"
+    assert code(tiny_contract(secagg={"ring": 16, "bits": 14})) == "accepted"
+    assert code(tiny_contract(secagg={"ring": 16})) == "encoding.overflow"
     assert code(tiny_contract(sites=("site-a",), secagg={"threshold": 2}), min_cohort=1) == "secagg.cohort"
 
 

@@ -22,8 +22,10 @@ from privacy.errors import Refused, SiteCode
 from privacy.identity import FileSigner, Role, TrustStore, create_request
 from privacy.ledger import Ledger, check_extract
 from privacy.secagg import transcript as tr
+from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import dump
 from privacy.secagg.peers import certificate_check
+from privacy.secagg.site import SiteSession
 from strategies.adapter import AdapterSpec, adapter_digest, initial
 
 SPEC = AdapterSpec((("m.lora_A.weight", (2, 6)), ("m.lora_B.weight", (6, 2)), ("head.weight", (3, 6)), ("head.bias", (3,))),
@@ -59,7 +61,7 @@ class Site:
         self.contract = load_contract(canonical({
             "run": "ab" * 16, "purpose": "test", "code_version": "0", "model": {"weights": "0" * 64, "tokenizer": "1" * 64},
             "data": {"name": "d", "labels": ["a", "b", "c"]}, "lora": {}, "rule": {}, "privacy": privacy,
-            "secagg": {"threshold": 3, "range": 10.0},
+            "secagg": {"threshold": 3, "survivors": 3, "range": 10.0},
             "sites": [{"name": f"s{i}", "signer": s.fingerprint, "n_decl": 100, "delta": 1e-5,
                        "sigma": 0.0 if trust_none else 1.0} for i, s in enumerate(self.signers)]}))
         self.ledger: Ledger | None = open_ledger(self.contract, "s0", POLICY, self.signers[0], folder)
@@ -82,7 +84,7 @@ class Site:
         self.handlers = self._handlers()
 
     def offer(self, round_no: int = 1, attempt: int = 0, **changes: Any) -> bytes:
-        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, dim=SPEC.dim,
+        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, tensors=SPEC.sizes,
                         adapter=adapter_digest(self.adapter))
         return dump(made.model_copy(update=changes))
 
@@ -104,8 +106,10 @@ def site(tmp_path: Path) -> Site:
 
 
 @pytest.mark.parametrize(("field", "value", "code"), [
-    ("run", "cd" * 16, SiteCode.CONTRACT), ("threshold", 2, SiteCode.CONTRACT), ("dim", 7, SiteCode.CONTRACT),
-    ("bits", 8, SiteCode.CONTRACT), ("range", "1000.0", SiteCode.CONTRACT), ("w_cap", "2.0", SiteCode.CONTRACT),
+    ("run", "cd" * 16, SiteCode.CONTRACT), ("threshold", 2, SiteCode.CONTRACT), ("survivors", 2, SiteCode.CONTRACT),
+    ("ranges", ((SPEC.dim - 1, "10.0"),), SiteCode.CONTRACT), ("ring", 16, SiteCode.CONTRACT),
+    ("bits", 8, SiteCode.CONTRACT), ("ranges", ((SPEC.dim, "1000.0"),), SiteCode.CONTRACT),
+    ("w_cap", "2.0", SiteCode.CONTRACT),
     ("contract", "9" * 64, SiteCode.CONTRACT), ("base_model", "9" * 64, SiteCode.MODEL),
     ("adapter", "9" * 64, SiteCode.ADAPTER),
     ("round", 4, SiteCode.CONTRACT), ("attempt", 2, SiteCode.CONTRACT)])
@@ -132,7 +136,7 @@ def test_a_refused_contract_is_recorded_in_the_sites_ledger(site: Site) -> None:
 
 
 def test_attack_smaller_cohort_or_another_member(site: Site) -> None:
-    cohort = tr.offer(site.contract, round_no=1, attempt=0, dim=1, adapter="0" * 64).cohort
+    cohort = tr.offer(site.contract, round_no=1, attempt=0, tensors=SPEC.sizes, adapter="0" * 64).cohort
     other = cohort[1].model_copy(update={"certificate": "8" * 64})
     for members in (cohort[:2], cohort[:1], (cohort[0], other, cohort[2]), cohort[::-1]):
         assert site.refusal(site.offer(cohort=members)) is SiteCode.CONTRACT
@@ -266,3 +270,78 @@ def test_attack_contract_whose_noise_does_not_keep_its_epsilon(site: Site) -> No
     with pytest.raises(Refused, match=r"contract\.epsilon"):
         accept(site.contract.model_copy(update={"privacy": site.contract.privacy.model_copy(update={"epsilon": 0.1})}),
                "s0", POLICY)
+
+
+def _through_m5(sites: list[SiteRound], adapter: Any, round_no: int, attempt: int) -> None:
+    """The honest coordinator's part until every site's masked vector has left."""
+    made = tr.offer(sites[0].contract, round_no=round_no, attempt=attempt, tensors=SPEC.sizes,
+                    adapter=adapter_digest(adapter))
+    c = CoordinatorSession(made, sites[0]._check_certificate)
+    for u, s in enumerate(sites):
+        c.take_m1(u, s.handlers()["train.update"](dump(made), {"adapter": SPEC.pack(adapter)})[0])
+    m2 = c.m2()
+    for u, s in enumerate(sites):
+        c.take_m3(u, s.handlers()["train.shares"](m2, {})[0])
+    m4 = c.m4()
+    for u, s in enumerate(sites):
+        s.handlers()["train.masked"](m4[u], {})
+
+
+def _sites(folder: Path, first: Site) -> list[SiteRound]:
+    """All three sites of the contract; the first one is `first`."""
+    out = [first.round]
+    for i in (1, 2):
+        (folder / f"state{i}").mkdir()
+        ledger = open_ledger(first.contract, f"s{i}", POLICY, first.signers[i], folder / f"state{i}")
+        out.append(SiteRound(first.contract, f"s{i}", trainer=StubTrainer(), policy=POLICY, signer=first.signers[i],
+                             check_certificate=first.round._check_certificate,
+                             journal=SiteJournal(folder / f"state{i}" / "rounds.jsonl"), ledger=ledger))
+    return out
+
+
+@pytest.mark.parametrize("trust_none", [False, True])
+def test_attack_retry_of_the_same_update(tmp_path: Path, trust_none: bool) -> None:
+    """The masked vectors have left, and the coordinator voids the attempt: without noise another sum of the same updates
+    would give one away, so no site trains from that adapter again; with noise a retry is a fresh, charged update."""
+    site = Site(tmp_path, trust_none=trust_none)
+    _through_m5(_sites(tmp_path, site), site.adapter, 1, 0)
+    if trust_none:
+        assert site.refusal(site.offer(1, 1)) is SiteCode.BUDGET
+        site.restart()
+        assert site.refusal(site.offer(1, 1)) is SiteCode.BUDGET
+        site.adapter = SPEC.add(site.adapter, np.ones(SPEC.dim, np.float32))
+        site.update(site.offer(2, 0))
+    else:
+        site.update(site.offer(1, 1))
+        assert len(site.ledger.summary().reserves) == 2  # type: ignore[union-attr]
+
+
+def test_void_before_the_masked_vector_left_may_be_tried_again_without_noise(tmp_path: Path) -> None:
+    site = Site(tmp_path, trust_none=True)
+    site.update(site.offer(1, 0))
+    site.update(site.offer(1, 1))
+    assert site.trainer.rounds == 2
+
+
+def test_a_session_left_lying_is_dropped_with_its_secrets(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fl_client.round as module
+
+    site.update(site.offer())
+    session = site.round._session
+    assert isinstance(session, SiteSession) and session._secrets is not None
+    site.round.expire()
+    assert session._secrets is not None, "not yet"
+    monkeypatch.setattr(module, "SESSION_S", -1.0)
+    site.round.expire()
+    assert session._secrets is None and site.round._session is None and site.round._encoded.size == 0
+    with pytest.raises(StageRefused) as caught:
+        site.handlers["train.shares"](b"{}", {})
+    assert caught.value.code is SiteCode.STALE_ROUND
+
+
+def test_a_new_offer_drops_the_session_before(site: Site) -> None:
+    site.update(site.offer(1, 0))
+    before = site.round._session
+    assert isinstance(before, SiteSession)
+    site.update(site.offer(1, 1))
+    assert before._secrets is None

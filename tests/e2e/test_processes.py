@@ -62,7 +62,8 @@ def test_demo_on_real_processes(overrides: Make, tmp_path: Path) -> None:
     for ca in (["--ca", "0" * 64], []):
         assert tool("privacy.cli", "verify", str(out / "evidence"), *ca).returncode == 1
     status = json.loads(tool("fl_server.cli", "status", str(out), "--json").stdout.splitlines()[-1])
-    assert (status["state"], status["rounds_done"], status["void"]) == ("done", 2, [])
+    assert (status["state"], status["rounds_done"]) == ("done", 2)
+    assert [(r["outcome"], len(r["sites"]), r["lost"]) for r in status["rounds"]] == [("done", 3, [])] * 2
     everything = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     for key in out.rglob("*.key"):
         assert key.stat().st_mode & 0o077 == 0, key
@@ -97,7 +98,8 @@ def test_a_killed_site_voids_its_rounds_and_the_run_ends_with_code_5(overrides: 
         demo.stop(processes)
     status = json.loads(tool("fl_server.cli", "status", str(out), "--json").stdout.splitlines()[-1])
     assert status["rounds_done"] >= 1
-    assert {site for v in status["void"] for site in v["sites"]} == {"site-b"}
+    void = [r for r in status["rounds"] if r["outcome"] == "void"]
+    assert void and {lost.split()[0] for r in void for lost in r["lost"]} == {"site-b"}
     root = (out / "ca.sha256").read_text().strip()
     verdict = verify_bundle(out / "evidence", root)
     failed = {s["name"] for s in verdict.as_dict()["steps"] if not s["ok"]}

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from conf import load_settings
+from fl_client.round import SiteRound
+from fl_server.journal import status
 from privacy.errors import Refused, RoundVoid
 from privacy.report import write_report
+from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.encoding import Encoding
 from privacy.verify import verify_bundle
 from simulations.local import Outcome, federate
@@ -34,7 +37,7 @@ def predicates(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Predicates of the bundle's statements of one kind, read without any of the project's code."""
     files = sorted((folder / "evidence" / "statements").glob(f"*-{kind}-*.json"))
     statements = [json.loads(b64decode(json.loads(f.read_text())["payload"])) for f in files]
-    return [s["predicate"] for s in statements if s["predicateType"] == f"urn:consilo:{kind}:1"]
+    return [s["predicate"] for s in statements if s["predicateType"].startswith(f"urn:consilo:{kind}:")]
 
 
 @contextmanager
@@ -103,25 +106,83 @@ def test_wire_and_disk_hold_no_encoded_vector_with_masks_and_hold_it_without(
             assert (vector[:64] in haystack) is found, group
 
 
-def test_a_dropout_at_each_stage_voids_the_attempt_and_the_next_one_counts(overrides: Make, tmp_path: Path) -> None:
-    for lost in ("update", "shares", "masked", "unmask"):
-        dropped: list[str] = []
+STAGES = ("update", "shares", "masked", "vote", "unmask")
 
-        def drop(node: int, message: Any, k: int, lost: str = lost, dropped: list[str] = dropped) -> str | None:
-            if node == 2 and message.metadata.message_type == f"train.{lost}" and not dropped:
-                dropped.append(lost)
-                return "reply"
-            return None
 
-        out = tmp_path / lost
-        outcome = run(overrides(f"server.out={out}", "privacy.rounds=1"), drop=drop)
-        assert (outcome.result.rounds, outcome.result.void) == (1, 1), lost
-        assert [(e["reason"], e["sites"]) for e in events(out) if e["event"] == "void"] == [
-            ("site.unreachable", ["site-b"])], lost
-        assert verify_bundle(out / "evidence", outcome.root).verdict == "PASS", lost
-        for closing in predicates(out, "closing"):
-            lines = (out / "evidence" / "ledgers" / f"{closing['site']}.jsonl").read_text().splitlines()
-            assert sum('"kind":"reserve"' in line for line in lines) == 2, "the void attempt stays spent"
+def lose(stage: str, nodes: set[int], times: int = 1) -> Callable[[int, Any, int], str | None]:
+    """The answers of these nodes to a stage are lost, the first `times` times."""
+    lost: dict[int, int] = {}
+
+    def drop(node: int, message: Any, k: int) -> str | None:
+        if node in nodes and message.metadata.message_type == f"train.{stage}" and lost.get(node, 0) < times:
+            lost[node] = lost.get(node, 0) + 1
+            return "reply"
+        return None
+
+    return drop
+
+
+def five_sites(tiny_data: dict[str, Path], *more: str) -> list[str]:
+    files = [tiny_data["site-a"], tiny_data["site-b"], tiny_data["site-c"], tiny_data["site-a"], tiny_data["site-b"]]
+    sites = ",".join(f"s{i}:{{file:{file}}}" for i, file in enumerate(files))
+    return [f"data.sites={{{sites}}}", "privacy.rounds=1", *more]
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], list[Any]]]:
+    """(site -> the vector that it encoded last, totals that the coordinator unmasked)."""
+    encoded: dict[str, Any] = {}
+    totals: list[Any] = []
+    charged, unmask = SiteRound._update, CoordinatorSession.unmask
+
+    def update(self: SiteRound, body: bytes, arrays: Any) -> Any:
+        out = charged(self, body, arrays)
+        encoded[self.site] = self._encoded.copy()
+        return out
+
+    def unmasked(self: CoordinatorSession) -> Any:
+        totals.append(unmask(self))
+        return totals[-1].copy()
+
+    monkeypatch.setattr(SiteRound, "_update", update)
+    monkeypatch.setattr(CoordinatorSession, "unmask", unmasked)
+    yield encoded, totals
+
+
+@pytest.mark.parametrize("ring", ["32", "16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_sum_is_that_of_the_survivors_whatever_stage_a_site_is_lost_at(
+        overrides: Make, tmp_path: Path, tiny_data: dict[str, Path], sums: Any, stage: str, ring: str) -> None:
+    """Five sites, t = 4: one may be lost anywhere; a site lost after its masked vector came stays in the sum."""
+    encoded, totals = sums
+    bits = "secure_aggregation.bits=12" if ring == "16" else "secure_aggregation.bits=24"
+    more = five_sites(tiny_data, f"secure_aggregation.ring={ring}", bits)
+    outcome = run(overrides(*more), drop=lose(stage, {2}))
+    before = stage in ("update", "shares", "masked")
+    names = ["s0", "s2", "s3", "s4"] if before else ["s0", "s1", "s2", "s3", "s4"]
+    expected = sum(encoded[name].astype(np.uint64) for name in names).astype(totals[0].dtype)
+    assert np.array_equal(totals[0], expected)
+    assert (outcome.result.rounds, outcome.result.void) == (1, 0)
+    said = status(tmp_path / "out" / "journal.jsonl")["rounds"][0]
+    assert (said["outcome"], said["sites"], said["lost"]) == ("done", names, [f"s1 {stage} site.unreachable"])
+    assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+    assert predicates(tmp_path / "out", "round")[0]["dropped"] == [
+        {"site": "s1", "stage": stage, "code": "site.unreachable"}]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_too_few_left_voids_the_attempt_and_the_next_one_counts(
+        overrides: Make, tmp_path: Path, tiny_data: dict[str, Path], sums: Any, stage: str) -> None:
+    """Five sites, t = 4: two lost at one stage void the attempt; nothing is unmasked, and it stays charged."""
+    outcome = run(overrides(*five_sites(tiny_data)), drop=lose(stage, {2, 4}))
+    assert (outcome.result.rounds, outcome.result.void, len(sums[1])) == (1, 1, 1)
+    void, done = status(tmp_path / "out" / "journal.jsonl")["rounds"]
+    assert (void["outcome"], void["reason"], done["outcome"], done["attempt"]) == ("void", "secagg.too_few", "done", 1)
+    assert void["lost"] == [f"s1 {stage} site.unreachable", f"s3 {stage} site.unreachable"]
+    assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+    for closing in predicates(tmp_path / "out", "closing"):
+        lines = (tmp_path / "out" / "evidence" / "ledgers" / f"{closing['site']}.jsonl").read_text().splitlines()
+        assert sum('"kind":"reserve"' in line for line in lines) == 2, "the void attempt stays spent"
 
 
 def test_attack_abort_storm_ends_with_the_retries_and_every_attempt_is_charged(overrides: Make, tmp_path: Path) -> None:
@@ -134,7 +195,7 @@ def test_attack_abort_storm_ends_with_the_retries_and_every_attempt_is_charged(o
     for site in ("site-a", "site-b", "site-c"):
         ledger = (tmp_path / "state" / site / "ledger.jsonl").read_text()
         assert ledger.count('"kind":"reserve"') == 2
-    assert events(tmp_path / "out")[-1] == {"event": "end", "outcome": "site.unreachable"}
+    assert events(tmp_path / "out")[-1] == {"event": "end", "outcome": "secagg.too_few"}
     assert not (tmp_path / "out" / "adapter").exists()
 
 
@@ -249,7 +310,8 @@ def test_attack_exception_text_and_canary_never_leave(overrides: Make, tmp_path:
     with monkeypatch.context() as m, pytest.raises(RoundVoid) as caught:
         m.setattr(LocalTrainer, "train", fail)
         run(overrides(f"data.sites={{{sites}}}"), tap=lambda msg, r: received.append(wire(msg, r)))
-    assert caught.value.code == "site.failed"
+    assert (caught.value.code, caught.value.sites) == ("secagg.too_few", ("site-a", "site-b", "site-c"))
+    assert "site-a: site.failed" in str(caught.value)
     assert canary.encode() not in b"".join(received) + on_disk(tmp_path / "out")
     assert canary not in str(caught.value)
 

@@ -1,28 +1,35 @@
-"""A valid small bundle made from scratch: a CA, three sites, three rounds and a void attempt; real signatures, ledgers
-and statements, random digests, no training. Each `Lie` changes one thing before it is signed."""
+"""A valid small bundle made from scratch: a CA, four sites, three rounds and a void attempt; real signatures, votes,
+transcripts, ledgers and statements, random digests, no training. An `Edit` changes one thing before it is signed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from privacy import ca
-from privacy.bundle import KINDS, BundleWriter
+from privacy.bundle import BEFORE_SUM, KINDS, BundleWriter
 from privacy.canonical import decimal
 from privacy.contract import Contract
 from privacy.identity import FileSigner, Role, create_request
 from privacy.ledger import Ledger
+from privacy.secagg import transcript as tr
 from privacy.statements import make
 
 RUN = "ab" * 16
-SITES = ("clinic-a", "clinic-b", "clinic-c")
+SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
 ATTEMPTS = ((1, 0, True), (2, 0, False), (2, 1, True), (3, 0, True))  # round, attempt, done
-SUBJECTS = {"acceptance": ["contract"], "round-site": ["transcript", "masked"], "round": ["adapter_out", "adapter_in"],
+SUBJECTS = {"acceptance": ["contract"], "round-site": ["view", "masked"], "round": ["adapter_out", "adapter_in"],
             "release": ["adapter"]}  # the first field that isn't empty
 Edit = Callable[[str, dict[str, Any]], dict[str, Any] | None]  # (kind, predicate) -> what is signed; None: left out
+Drops = Mapping[tuple[int, int], Mapping[str, tuple[str, str]]]  # (round, attempt) -> site -> (stage, code)
+DROPS: Drops = {(1, 0): {"clinic-c": ("masked", "secagg.vector")},
+                (2, 0): {"clinic-b": ("update", "site.failed"), "clinic-d": ("unmask", "site.unreachable")},
+                (2, 1): {"clinic-d": ("shares", "site.unreachable")},
+                (3, 0): {"clinic-a": ("vote", "site.session_aborted")}}
 
 
 def sha(*parts: object) -> str:
@@ -31,7 +38,7 @@ def sha(*parts: object) -> str:
 
 @dataclass
 class Consortium:
-    """A CA folder and the signers of the coordinator and three sites; made once, shared by bundles."""
+    """A CA folder and the signers of the coordinator and four sites; made once, shared by bundles."""
 
     folder: Path
     fingerprint: str = ""
@@ -57,9 +64,10 @@ class Consortium:
 
 
 def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
-    """Three sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`,
-    `threshold`, `purpose` and `code_version` change the contract around it."""
-    secagg, threshold = changes.pop("secagg", True), changes.pop("threshold", 3)
+    """Four sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`, `threshold`,
+    `survivors`, `purpose` and `code_version` change the contract around it."""
+    secagg = {"enabled": changes.pop("secagg", True), "threshold": changes.pop("threshold", 3),
+              "survivors": changes.pop("survivors", 3), "range": 1.0}
     purpose, code = changes.pop("purpose", "A test of evidence"), changes.pop("code_version", "0.1.0")
     privacy = {"q": 0.5, "clip": 5.0, "epsilon": 8.0, "rounds": 3, "retries": 1, "local_steps": 2, **changes}
     sigma = 0.0 if privacy.get("trust") == "none" else 3.0
@@ -67,23 +75,56 @@ def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
         "run": RUN, "purpose": purpose, "code_version": code,
         "model": {"weights": sha("weights"), "tokenizer": sha("tokenizer")},
         "data": {"name": "letters", "labels": ["no", "yes"]}, "lora": {}, "rule": {}, "privacy": privacy,
-        "secagg": {"enabled": secagg, "threshold": threshold, "range": 1.0},
+        "secagg": secagg,
         "sites": [{"name": n, "signer": signers[n].fingerprint, "n_decl": 1000, "delta": 1e-5, "sigma": sigma}
                   for n in SITES]})
 
 
+@dataclass(frozen=True)
+class Sum:
+    """What one attempt leaves: T2, H(y) by site that sent one, names in the sum, T3, votes by site. All hex, "" for none."""
+
+    view: str
+    masked: Mapping[str, str]
+    sites: Sequence[str]
+    transcript: str = ""
+    votes: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def sum_of(agreed: Contract, signers: Mapping[str, FileSigner], round_no: int, attempt: int,
+           drops: Mapping[str, tuple[str, str]]) -> Sum:
+    """Real T2, T3 and votes over made-up keys and vectors. A site that drops out at `masked` has sent one that is too
+    late or wrong; sites that vote do so honestly."""
+    stage_of = {name: drops[name][0] if name in drops else "" for name in SITES}
+    masked = {n: sha("y", n, round_no, attempt) for n in SITES if stage_of[n] not in ("update", "shares")}
+    sites = [n for n in masked if stage_of[n] not in BEFORE_SUM]
+    if not agreed.secagg.enabled:
+        return Sum("", masked, sites)
+    t1 = tr.t1(bytes.fromhex(sha("ctx", round_no, attempt)), [(u, sha(n).encode()) for u, n in enumerate(SITES)])
+    view = tr.t2(t1, [(SITES.index(n), sha("M3", n).encode()) for n in masked])
+    t3 = tr.t3(view, [(SITES.index(n), bytes.fromhex(masked[n])) for n in sites])
+    votes = {n: signers[n].sign(tr.signed_m7(t3, SITES.index(n))) for n in sites if stage_of[n] != "vote"}
+    return Sum(view.hex(), masked, sites, t3.hex(), votes)
+
+
+def vote(site: str, signature: bytes) -> dict[str, str]:
+    return {"site": site, "signature": b64encode(signature).decode()}
+
+
 def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = None, *, edit: Edit | None = None,
-                 cap: float = 10.0, spent_before: int = 0, seal: bool = True,
+                 drops: Drops = DROPS, summed: Callable[..., Sum] = sum_of, cap: float = 10.0, spent_before: int = 0,
+                 seal: bool = True,
                  ledger_mechanism: Callable[[Any], Any] = lambda m: m,
                  encumbered: Callable[[Any], Any] = lambda plans: plans, refused: tuple[str, str] | None = None,
                  signers: Mapping[str, FileSigner] | None = None,
                  extract: Callable[[str, bytes], bytes] = lambda _, data: data) -> Path:
-    """Run the bookkeeping of a job and write its bundle. `edit` lies before signing; `ledger_mechanism` and
-    `encumbered` (the plans) in the ledger; `extract` in what a site shows of it; `spent_before`: rounds of an earlier
-    run in every ledger; `refused`: (code, what) that every site said no with."""
+    """Run the bookkeeping of a job and write its bundle. `drops`: who drops out where; `summed`: what an attempt leaves,
+    called as `sum_of`. `edit` lies before signing; `ledger_mechanism` and `encumbered` (the plans) in the ledger;
+    `extract` in what a site shows of it; `spent_before`: rounds of an earlier run in every ledger; `refused`: (code, what)
+    that every site said no with."""
     agreed = agreed or contract(parties.signers)
     signers = signers or parties.signers
-    private, secagg = agreed.privacy.trust != "none", agreed.secagg.enabled
+    private = agreed.privacy.trust != "none"
     common = {"run": agreed.run, "contract": agreed.digest}
     writer = BundleWriter(folder, agreed.run, agreed.to_bytes(), parties.pem("root.pem"),
                           {r: parties.pem(f"issuing-{r}.pem") for r in ("site", "coordinator")}, parties.certificates())
@@ -119,7 +160,8 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             "policy": sha("policy", name)})
     adapter = sha("adapter", 0)
     for round_, attempt, done in ATTEMPTS:
-        transcript = sha("T3", round_, attempt) if secagg else ""
+        fell = drops.get((round_, attempt), {})
+        got = summed(agreed, signers, round_, attempt, fell)
         where = {"round": round_, "attempt": attempt}
         for name in SITES:
             m = agreed.mechanism(name, round_)
@@ -129,15 +171,18 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                                          approver=f"officer of {name}", **where)
                 books[name].commit(at, m.steps)
                 (seq, head), spent = books[name].head, decimal(books[name].epsilon())
-            masked = sha("y", name, round_, attempt)
-            say("round-site", name, {
-                "site": name, **where, "adapter_in": adapter, "transcript": transcript, "masked": masked,
-                "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
-                "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
+            if name in got.masked:
+                say("round-site", name, {
+                    "site": name, **where, "adapter_in": adapter, "view": got.view, "masked": got.masked[name],
+                    "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
+                    "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
         out = sha("adapter", round_) if done else ""
         say("round", "hub", {
-            **where, "outcome": "done" if done else "void", "reason": "" if done else "round.too_few",
-            "sites": list(SITES) if done else [], "adapter_in": adapter, "adapter_out": out, "transcript": transcript})
+            **where, "outcome": "done" if done else "void", "reason": "" if done else "secagg.forged_share",
+            "sites": list(got.sites) if done else [], "adapter_in": adapter, "adapter_out": out, "view": got.view,
+            "transcript": got.transcript if done else "",
+            "votes": [vote(*cast) for cast in got.votes.items()] if done else [],
+            "dropped": [{"site": n, "stage": stage, "code": code} for n, (stage, code) in fell.items()]})
         adapter = out or adapter
     for name, book in books.items():
         if refused:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -80,8 +79,9 @@ def test_report_of_a_valid_bundle(good: Path, parties: Consortium, tmp_path: Pat
         assert epsilon([Release(m.q, m.sigma, (5 + left) * m.steps)], m.delta) > 10 - 2e-3
     text = words(page)
     for phrase in ("Within budget", "在预算之内", "A signature can't prove that the noise was really drawn",
-                   "签名不能证明", facts["command"], facts["sites"][0]["spent"], "round.too_few",
-                   "officer of clinic-b"):
+                   "签名不能证明", facts["command"], facts["sites"][0]["spent"], "secagg.forged_share",
+                   "officer of clinic-b", "sums over at least 3 sites", "hidden in a sum over at least 2 sites",
+                   "至少 3 个机构的总和", "至少 2 个机构的总和", "rounds with all 4 sites: 1, with fewer: 2"):
         assert phrase in text
     for other in ("UNANCHORED", "FAILED", "NON-PRIVATE", "INDIVIDUAL UPDATES VISIBLE"):
         assert other not in text
@@ -143,25 +143,26 @@ def test_other_jobs_of_the_lineage_are_counted_as_claimed(parties: Consortium, t
 
 
 def test_incidents_of_a_run_that_went_badly(parties: Consortium, tmp_path: Path) -> None:
-    """A dropout in round 3, and a void attempt whose sites had charged but not signed yet."""
-    agreed = contract(parties.signers, threshold=2)
-
-    def edit(kind: str, predicate: dict[str, Any]) -> dict[str, Any] | None:
-        if kind == "round-site" and ((predicate["round"], predicate["attempt"]) == (2, 0)
-                                     or (predicate["round"], predicate["site"]) == (3, "clinic-c")):
-            return None
-        if kind == "round" and predicate["round"] == 3:
-            return {**predicate, "sites": ["clinic-a", "clinic-b"]}
-        return predicate
-
-    page, facts = read(write_report(write_bundle(tmp_path / "b", parties, agreed, edit=edit), tmp_path,
-                                    ca=parties.fingerprint))
+    """Dropouts before and after sums, and in a void attempt for which two sites were charged that had not signed yet."""
+    gone = "site.unreachable"
+    drops = {(1, 0): {"clinic-d": ("masked", "secagg.vector")},
+             (2, 0): {"clinic-a": ("update", gone), "clinic-b": ("shares", gone), "clinic-c": ("unmask", gone)},
+             (3, 0): {"clinic-a": ("vote", "site.session_aborted"), "clinic-b": ("unmask", gone)}}
+    page, facts = read(write_report(write_bundle(tmp_path / "b", parties, drops=drops), tmp_path, ca=parties.fingerprint))
     assert facts["verification"]["verdict"] == "PASS"
-    assert [(i["kind"], i["round"], i["attempt"], i["sites"]) for i in facts["incidents"]] == [
-        ("void", 2, 0, []), ("unsigned", 2, 0, list(SITES)), ("missing", 3, 0, ["clinic-c"]),
-        ("unsigned", 3, 0, ["clinic-c"])]
+    assert [(i["kind"], i["round"], i["attempt"], i["stage"], i["reason"], i["sites"]) for i in facts["incidents"]] == [
+        ("missing", 1, 0, "masked", "secagg.vector", ["clinic-d"]), ("void", 2, 0, "", "secagg.forged_share", []),
+        ("dropped", 2, 0, "update", gone, ["clinic-a"]), ("dropped", 2, 0, "shares", gone, ["clinic-b"]),
+        ("dropped", 2, 0, "unmask", gone, ["clinic-c"]), ("unsigned", 2, 0, "", "", ["clinic-a", "clinic-b"]),
+        ("silent", 3, 0, "vote", "site.session_aborted", ["clinic-a"]), ("silent", 3, 0, "unmask", gone, ["clinic-b"])]
     assert all(site["charges"] == 4 for site in facts["sites"])
-    assert "missing from the sum" in words(page) and "charged, without a statement" in words(page)
+    assert (facts["rounds"]["full"], facts["rounds"]["partial"]) == (2, 1)
+    for phrase in ("missing from the sum · 未计入总和 sending the update · 发送更新: secagg.vector clinic-d",
+                   "void: secagg.forged_share", f"dropped out · 退出 training · 训练: {gone} clinic-a",
+                   f"dropped out · 退出 key shares · 密钥份额: {gone} clinic-b", "charged, without a statement",
+                   "in the sum, then dropped out · 已计入总和，其后退出 vote on the sum · 对总和的投票: site.session",
+                   f"unmasking · 去除掩码: {gone} clinic-b"):
+        assert phrase in words(page)
 
 
 def test_text_from_the_bundle_never_becomes_markup(parties: Consortium, tmp_path: Path) -> None:
