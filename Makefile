@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long check data clean
+.PHONY: demo test test-long check bench data clean
 
 demo: $(STAMP)
 	@$(BIN)/fl-simulate demo
@@ -24,6 +24,10 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+
+bench: $(STAMP)
+	@mkdir -p outputs/bench
+	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
 
 data: $(STAMP)
 	@$(BIN)/fl-simulate fetch minilm

@@ -1,0 +1,101 @@
+"""`fl-simulate bench`: measurements with their baselines, and what they share.
+
+Each result is one JSON object that carries its versions, cores, seed and raw samples. CPU seconds are those of the whole
+process (`time.process_time`: user and system, every thread), so a thread more never looks like work less.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from statistics import median
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from privacy import cli_edge
+
+app = typer.Typer(no_args_is_help=True, help="Measurements on this machine, each beside its baseline.")
+Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class Samples:
+    """(CPU seconds, wall seconds) of every call, by name."""
+
+    taken: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def take(self, name: str, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call and measure. Arguments are evaluated before the clocks start."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = work(*args, **kwargs)
+        self.taken[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+        return result
+
+    def cpu(self, name: str) -> float:
+        """Median CPU seconds of one call."""
+        return median(cpu for cpu, _ in self.taken[name])
+
+    def wall(self, name: str) -> float:
+        """Median wall seconds of one call."""
+        return median(wall for _, wall in self.taken[name])
+
+    def total(self, *names: str) -> tuple[float, float]:
+        """(CPU, wall) seconds of all calls of these names together."""
+        every = [sample for name in names for sample in self.taken[name]]
+        return sum(cpu for cpu, _ in every), sum(wall for _, wall in every)
+
+
+def environment(*packages: str) -> dict[str, Any]:
+    """What figures depend on: usable cores, load (processes that want one, last minute), and installed versions."""
+    installed = {d.name.lower(): d.version for d in metadata.distributions()}
+    return {"cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "load": os.getloadavg()[0], "machine": platform.machine(), "python": platform.python_version(),
+            "versions": {name: installed.get(name) for name in packages}}
+
+
+def rounded(value: Any) -> Any:
+    """The same structure with six significant digits in every float."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, Mapping):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+@app.callback()
+def group() -> None:
+    """Keeps `bench NAME` a group while it has one command."""
+
+
+@app.command("secagg")
+def secagg_command(
+        sites: Annotated[int, typer.Option(min=3, max=100, help="Size of the cohort.")] = 16,
+        dim: Annotated[int, typer.Option(min=1, max=2**26, help="Values in an update.")] = 1_000_000,
+        drop: Annotated[int, typer.Option(min=0, help="Sites that vanish once they are asked for masked vectors.")] = 2,
+        ring: Annotated[int, typer.Option(help="32 or 16: bits of a word.")] = 32,
+        repeats: Annotated[int, typer.Option(min=1, help="Interleaved repetitions; medians are reported.")] = 5,
+        threads: Annotated[int, typer.Option(min=1, help="Threads of the mask generator where it is measured alone.")] = 1,
+        seed: Annotated[int, typer.Option(help="Of the updates.")] = 1,
+        as_json: Json = False) -> None:
+    """Secure aggregation: client, server, bytes and error, beside plain Flower, SecAgg+ and TenSEAL.
+
+    Exits with 1 if a sum is not exact.
+    """
+    from simulations.bench_secagg import most_drops, render, run
+
+    if ring not in (16, 32):
+        raise typer.BadParameter("--ring is 16 or 32.")
+    if drop > most_drops(sites):
+        raise typer.BadParameter(f"--drop is at most {most_drops(sites)} for {sites} sites; more voids the round.")
+    found = run(sites=sites, dim=dim, drop=drop, ring=ring, repeats=repeats, threads=threads, seed=seed)
+    cli_edge.emit(rounded(found), as_json, render(found))
+    if not found["exact"]:
+        raise typer.Exit(1)
