@@ -25,8 +25,9 @@ class SiteJournal:
     def __init__(self, path: Path, files: FileLayer | None = None) -> None:
         self._files = files or FileLayer()
         self._fd = self._files.open_append(path)
+        self._files.sync_folder(path.parent)
         self._begun: dict[str, set[Slot]] = {}
-        self._spent: dict[str, set[str]] = {}
+        self._spent: set[str] = set()
         data = path.read_bytes()
         whole = data.rfind(b"\n") + 1
         for line in data[:whole].splitlines():
@@ -48,9 +49,9 @@ class SiteJournal:
         """Number of attempts begun in a run."""
         return len(self._begun.get(run, ()))
 
-    def spent_from(self, run: str) -> set[str]:
-        """Digests of the adapters from which an update has left in a run."""
-        return self._spent.get(run, set())
+    def spent_from(self, adapter: str) -> bool:
+        """Whether an update trained from the adapter with this digest has left, in any run."""
+        return adapter in self._spent
 
     def started(self, run: str, round_no: int, attempt: int) -> None:
         """Durable before M1. Raises Aborted `secagg.stale` unless the attempt is newer than all before."""
@@ -87,4 +88,4 @@ class SiteJournal:
         run = str(event["run"])
         self._begun.setdefault(run, set()).add((int(event["round"]), int(event["attempt"])))
         if event["event"] == "spent":
-            self._spent.setdefault(run, set()).add(str(event["adapter"]))
+            self._spent.add(str(event["adapter"]))

@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.request import getproxies, proxy_bypass
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -68,13 +69,15 @@ BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, Asser
 
 class FleetLink:
     """One site's connection. url: `https://host:port`. tls_cert, tls_key: the site's PEM files; one P-256 key serves
-    TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted.
+    TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted. proxy: of HTTP
+    CONNECT, else that of the environment (HTTPS_PROXY, NO_PROXY); proxy_ca: for its own leg, where that is TLS too.
 
     `with FleetLink(...) as link: link.connect()` is a check of the connection; `run` closes the link itself.
-    Raises UsageError `link.url`, `link.certificate`, `key.missing`; Refused `key.permissions`.
+    Raises UsageError `link.url`, `link.proxy`, `link.certificate`, `key.missing`; Refused `key.permissions`.
     """
 
-    def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path) -> None:
+    def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path, *, proxy: str | None = None,
+                 proxy_ca: Path | None = None) -> None:
         _check(url)
         key, context = _identity(tls_cert, tls_key, server_ca)
         self.trouble = ""  # code of what keeps the link from working, or ""
@@ -83,8 +86,9 @@ class FleetLink:
         self._sockets = _Sockets()
         self._http = FleetHttpClient(url, verify=context, timeout=READ_S,
                                      interceptors=[self._sockets, NodeAuthHttpInterceptor(key, key.public_key())])
-        self._http._client.follow_redirects = False
-        self._http._client.timeout = httpx.Timeout(READ_S, connect=CONNECT_S)
+        self._http._client.close()
+        self._http._client = httpx.Client(verify=context, timeout=httpx.Timeout(READ_S, connect=CONNECT_S), trust_env=False,
+                                          proxy=_proxy(url, proxy, proxy_ca))
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="link")
 
     def connect(self) -> int:
@@ -193,6 +197,9 @@ class FleetLink:
                 node=self._node, messages_list=[message_to_proto(envelope)], message_object_trees=[tree],
                 clientapp_runtime_list=[0.0]))
 
+        if not set(todo.objects_to_push) <= objects.keys():
+            raise ValueError("an object is asked for that isn't part of the answer")
+
         def push(object_id: str) -> None:
             done = self._http.PushObject(PushObjectRequest(
                 node=self._node, run_id=run_id, object_id=object_id, object_content=objects[object_id].deflate(),
@@ -209,7 +216,7 @@ class FleetLink:
             try:
                 if node is not None:
                     self._http.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=BEAT_S))
-            except (httpx.HTTPError, ssl.SSLError):
+            except (httpx.HTTPError, ssl.SSLError, ValueError):
                 continue  # the main loop sees it too
 
     def _leave(self, stop: threading.Event) -> None:
@@ -260,6 +267,21 @@ def _check(url: str) -> None:
         raise UsageError("link.url", "The coordinator's address isn't an https URL.", "Use https://host:port.")
 
 
+def _proxy(url: str, proxy: str | None, proxy_ca: Path | None) -> httpx.Proxy | None:
+    """The proxy on the way, or None. It only relays: what passes through is TLS to the coordinator itself."""
+    host = httpx.URL(url).host
+    if proxy is None and not proxy_bypass(host):
+        proxy = getproxies().get("https")
+    if not proxy:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=proxy_ca) if httpx.URL(proxy).scheme == "https" else None
+        return httpx.Proxy(proxy, ssl_context=context)
+    except (httpx.InvalidURL, ValueError, OSError) as e:
+        raise UsageError("link.proxy", f"The proxy's address or CA can't be used ({type(e).__name__}).",
+                         "Use http://host:port or https://host:port, and site.proxy_ca for the latter.") from e
+
+
 def _identity(tls_cert: Path, tls_key: Path, server_ca: Path) -> tuple[ec.EllipticCurvePrivateKey, ssl.SSLContext]:
     pem = read_private(tls_key)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
@@ -288,6 +310,9 @@ def _explain(e: Exception) -> ConsiloError:
     if cause is not None:
         return Refused("link.untrusted", "The server's certificate is not one of this consortium's coordinator.",
                        "Check the address; if a proxy opens TLS, have it make an exception.")
+    if isinstance(e, httpx.ProxyError):
+        return Unreachable("link.proxy", "The proxy refuses to connect to the coordinator.",
+                           "Have the proxy allow CONNECT to the coordinator's host and port.")
     status = e.response.status_code if isinstance(e, httpx.HTTPStatusError) else 0
     if status == 412:
         return Refused("link.roster", "This site's key is not on the coordinator's roster.",

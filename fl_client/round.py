@@ -55,6 +55,7 @@ class SiteRound:
         self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
         self._session: SiteSession | PlainSite | None = None
         self._encoded: Ring = NOTHING
+        self._begun = time.monotonic()
         self._replies = Replies(self._drop_round, self._record)
         self._statements = SiteStatements(contract, site, signer, ledger)
         if contract.privacy.trust != "none" and ledger is None:
@@ -84,14 +85,14 @@ class SiteRound:
             raise StageRefused(SiteCode.STALE_ROUND)
         if self._attempts() >= self.contract.privacy.rounds + self.contract.privacy.retries:
             raise StageRefused(SiteCode.BUDGET)
-        if self._ledger is None and got.adapter in self._journal.spent_from(got.run):
+        if self._ledger is None and self._journal.spent_from(got.adapter):
             raise StageRefused(SiteCode.BUDGET)  # without noise, two sums of one update would give it away
         self._drop_round()
-        self._offer = got
+        self._offer, session, self._begun = got, self._open(got), time.monotonic()
         delta, self._charge = self._charged(got, lambda: self._trainer.train(adapter, got.round))
-        self._encoded = got.encoding.encode(delta, self._terms.weight)
-        self._session, self._begun = self._open(got), time.monotonic()
-        return Outgoing(System(self._session.m1()))
+        m1 = session.m1()
+        self._session, self._encoded = session, got.encoding.encode(delta, self._terms.weight, consume=True)
+        return Outgoing(System(m1))
 
     def _shares(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         return Outgoing(System(self._live().m3(body)))
@@ -154,8 +155,8 @@ class SiteRound:
         return sum(r.run == self.contract.run for r in self._ledger.summary().reserves)
 
     def expire(self) -> None:
-        """For the agent to call now and then: an attempt that the coordinator left lying is dropped with its secrets."""
-        if self._session is not None and time.monotonic() - self._begun > SESSION_S:
+        """For the agent to call now and then: an old attempt is dropped with its secrets and stored replies."""
+        if time.monotonic() - self._begun > SESSION_S:
             self._drop_round()
 
     def _drop_round(self) -> None:

@@ -29,6 +29,7 @@ STYPE = "consilo.le"
 DTYPES = {"float32": "<f4", "uint32": "<u4", "uint16": "<u2"}
 TRAIN_STAGES = frozenset({"update", "shares", "masked", "vote", "unmask"})
 LOOK_S = 1.0  # how often to look whether those who are silent are still connected
+GONE_S = 3.0  # offline for so long is gone; an agent that reconnects isn't
 GRACE_S = 5.0  # for the rest, once a quorum has answered
 UNREACHABLE = "site.unreachable"
 MALFORMED = "site.malformed"
@@ -81,46 +82,48 @@ class Exchange:
         self._grid, self._nodes = grid, dict(nodes)
 
     def ask(self, stage: str, notes: Mapping[str, Note], *, deadline_s: float,
-            on_answer: Callable[[str, Answer], None] | None = None, quorum: int | None = None) -> dict[str, Answer]:
+            on_answer: Callable[[str, Answer], bool] | None = None, quorum: int | None = None) -> dict[str, Answer]:
         """Send each site its note and collect the answers, for at most `deadline_s` seconds.
 
-        `on_answer(site, answer)` is called in this thread once for each site that answered, as answers arrive; then
-        the returned answers hold no vectors. The silent get `site.unreachable`: at the deadline, as soon as none of
-        them is connected any more, or `GRACE_S` after `quorum` sites have answered with a note.
-        Raises UsageError `exchange.no_such_site`, `exchange.note` (a note of ours that is over a limit or not float32
-        or uint32).
+        `on_answer(site, answer)` is called in this thread once for each site that answered, as answers arrive, and says
+        whether the answer will do; then the returned answers hold no vectors. The silent get `site.unreachable`: at the
+        deadline, once they have been offline for `GONE_S`, or `GRACE_S` after `quorum` answers that will do. Whatever has
+        arrived by then counts, however long the others took to check.
+        Raises UsageError `exchange.no_such_site`, `exchange.note` (a note of ours that is over a limit or not float32,
+        uint32 or uint16).
         """
-        end = time.monotonic() + deadline_s
-        kind = "train" if stage in TRAIN_STAGES else "query"
-        messages = [self._grid.create_message(pack(note), f"{kind}.{stage}", self._node(site), "")
+        end, good = time.monotonic() + deadline_s, 0
+        gone, offline = set[str](), dict[str, float]()  # offline: since when
+        kind, arrays = "train" if stage in TRAIN_STAGES else "query", dict[int, Any]()
+        messages = [self._grid.create_message(pack(note, arrays), f"{kind}.{stage}", self._node(site), "")
                     for site, note in notes.items()]
-        waiting = dict(zip(self._grid.push_messages(messages), notes, strict=True))
-        del messages
-        answers = {site: Answer(None, UNREACHABLE) for site in notes}
+        asked = dict(zip(self._grid.push_messages(messages), notes, strict=True))
+        del messages, arrays
+        waiting, answers = dict(asked), {site: Answer(None, UNREACHABLE) for site in notes}
         try:
             while waiting:
+                last = time.monotonic() >= end
                 for reply in self._grid.pull_messages(list(waiting)):
-                    asked = reply.metadata.reply_to_message_id
-                    site = waiting.get(asked)
+                    message = reply.metadata.reply_to_message_id
+                    site = waiting.get(message)
                     if site is None or reply.metadata.src_node_id != self._nodes[site]:
                         continue
-                    if time.monotonic() > end:
-                        break
-                    del waiting[asked]
+                    del waiting[message]
                     answer = read_answer(reply)
                     if on_answer is not None:
-                        on_answer(site, answer)
+                        good += on_answer(site, answer)
                         answer = Answer(answer.note and Note(answer.note.body), answer.code)
                     answers[site] = answer
-                    if quorum is not None and sum(a.note is not None for a in answers.values()) == quorum:
-                        end = min(end, time.monotonic() + GRACE_S)
-                left = end - time.monotonic()
-                if not waiting or left <= 0 or not self._grid.wait(min(left, LOOK_S)):
+                    if quorum is not None and good >= quorum:
+                        end, quorum = min(end, time.monotonic() + GRACE_S), None
+                waiting = {message: site for message, site in waiting.items() if site not in gone}
+                if last or not waiting or not self._grid.wait(min(max(0.0, end - time.monotonic()), LOOK_S)):
                     break
-                if not self.online().intersection(waiting.values()):
-                    break
+                now, there = time.monotonic(), self.online()
+                offline = {site: offline.get(site, now) for site in waiting.values() if site not in there}
+                gone = {site for site, since in offline.items() if now - since >= GONE_S}
         finally:
-            self._grid.forget(list(waiting))
+            self._grid.forget([message for message, site in asked.items() if answers[site].code == UNREACHABLE])
         return answers
 
     def online(self) -> set[str]:
@@ -154,8 +157,9 @@ def read_answer(reply: Any) -> Answer:
     return Answer(note, None if note else MALFORMED)
 
 
-def pack(note: Note) -> Any:
-    """A note as a Flower `RecordDict`. Raises UsageError `exchange.note`."""
+def pack(note: Note, packed: dict[int, Any] | None = None) -> Any:
+    """A note as a Flower `RecordDict`. Raises UsageError `exchange.note`. packed: arrays of notes, by identity, that
+    several messages share."""
     size = sum(vector.nbytes for vector in note.arrays.values())
     if len(note.body) > MAX_BODY_BYTES or len(note.arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES:
         raise UsageError("exchange.note", f"A note of {len(note.body)} + {size} bytes is over the limits.",
@@ -163,10 +167,13 @@ def pack(note: Note) -> Any:
     if any(vector.ndim != 1 or vector.dtype.name not in DTYPES for vector in note.arrays.values()):
         raise UsageError("exchange.note", "A note's array isn't a float32, uint32 or uint16 vector.", "Convert it first.")
     records = RecordDict({"c": ConfigRecord({"body": note.body})})
-    if note.arrays:
-        records["arrays"] = ArrayRecord({
-            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name]).tobytes())
+    packed = {} if packed is None else packed
+    if note.arrays and id(note) not in packed:
+        packed[id(note)] = ArrayRecord({
+            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
             for name, vector in note.arrays.items()})
+    if note.arrays:
+        records["arrays"] = packed[id(note)]
     return records
 
 
@@ -187,5 +194,5 @@ def unpack(content: Any) -> Note | None:
         if (array.stype != STYPE or wire is None or len(array.shape) != 1
                 or len(array.data) != array.shape[0] * np.dtype(wire).itemsize):
             return None
-        arrays[name] = np.frombuffer(array.data, wire).astype(array.dtype)
+        arrays[name] = np.frombuffer(array.data, wire).astype(array.dtype, copy=False)
     return Note(config["body"], arrays)

@@ -20,7 +20,7 @@ from privacy import stages
 from privacy.bundle import KINDS, Predicate, RoundSite
 from privacy.canonical import parse
 from privacy.contract import Contract, validate
-from privacy.errors import CheckFailed, ConsiloError, RoundVoid
+from privacy.errors import Aborted, CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import fingerprint
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
@@ -91,25 +91,37 @@ class RoundDriver:
         there = self._stage("masked", {name: Note(m4[self._names.index(name)]) for name in there},
                             lambda u, n: self._take_masked(offer, session, u, n))
         m6 = Note(self._own(session.m6))
-        there = self._stage("vote", dict.fromkeys(there, m6), lambda u, n: session.take_m7(u, n.body),
+        voted = self._stage("vote", dict.fromkeys(there, m6), lambda u, n: session.take_m7(u, n.body),
                             quorum=offer.threshold)
         m8 = Note(self._own(session.m8))
-        self._stage("unmask", dict.fromkeys(there, m8), lambda u, n: session.take_m9(u, n.body), quorum=offer.threshold)
-        total = self._own(session.unmask)
-        weights = [self.contract.sites[u].weight for u in session.survivors]
-        return Mean(attempt, offer.encoding.decode_mean(total, weights), tuple(self._names[u] for u in session.survivors),
-                    session.view.hex(), session.transcript.hex(),
+        late = [lost.site for lost in self.lost if (lost.stage, lost.code) == ("vote", UNREACHABLE)]
+        self._stage("unmask", dict.fromkeys(voted + late, m8), lambda u, n: session.take_m9(u, n.body),
+                    quorum=offer.threshold)
+        total = self._own(lambda: self._unmask(session))
+        sites = [self.contract.sites[u] for u in session.survivors]
+        mean = self._own(lambda: offer.encoding.decode_mean(total, [site.weight for site in sites]))
+        return Mean(attempt, mean, tuple(site.name for site in sites), session.view.hex(), session.transcript.hex(),
                     {self._names[u]: vote for u, vote in session.votes.items()})
+
+    def _unmask(self, session: CoordinatorSession | PlainCoordinator) -> Ring:
+        try:
+            return session.unmask()
+        except Aborted as e:
+            self.lost += [Lost(self._names[u], "unmask", e.code) for u in session.suspects]
+            raise
 
     def _take_masked(self, offer: tr.Offer, session: CoordinatorSession | PlainCoordinator, u: int, note: Note) -> None:
         """The statement first: a vector without one isn't added."""
         got, name = validate(stages.Masked, parse(note.body)), self._names[u]
-        said = statement(RoundSite, got.statement.encode(), self._certificates[name])
-        m, m5 = self.contract.mechanism(name, offer.round), load(M5, got.m5.encode())
+        m, m5, view = self.contract.mechanism(name, offer.round), load(M5, got.m5.encode()), session.view.hex()
+        said = statement(RoundSite, got.statement.encode(), self._certificates[name],
+                         subject=("view", view) if view else ("masked", m5.y_hash))
+        private = self.contract.privacy.trust != "none"
         if (said.site, said.run, said.contract, said.round, said.attempt, said.adapter_in, said.view, said.masked,
-                float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl) != (
-                name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter, session.view.hex(), m5.y_hash,
-                m.q, m.clip, m.sigma, m.steps, m.n_decl):
+                float(said.q), float(said.clip), float(said.sigma), said.steps, said.n_decl,
+                bool(said.epsilon), bool(said.ledger_head)) != (
+                name, offer.run, offer.contract, offer.round, offer.attempt, offer.adapter, view, m5.y_hash,
+                m.q, m.clip, m.sigma, m.steps, m.n_decl, private, private):
             raise CheckFailed("round.statement", "A site's statement is about something else than this attempt.",
                               "That site is left out; its software differs.")
         session.take_m5(u, got.m5.encode(), _vector(note, offer.encoding.dtype))
@@ -130,18 +142,19 @@ class RoundDriver:
         """Ask, check each answer as it comes; returns who goes on. The others are `lost`."""
         bad: dict[str, str] = {}
 
-        def on_answer(name: str, answer: Answer) -> None:
+        def on_answer(name: str, answer: Answer) -> bool:
             if answer.note is None:
-                return
+                return False
             try:
                 take(self._names.index(name), answer.note)
             except ConsiloError as e:
                 bad[name] = e.code
             except Exception:  # noqa: BLE001 - whatever a site sends puts it out, and no more
                 bad[name] = MALFORMED
+            return name not in bad
 
-        answers = self._exchange.ask(stage, notes, deadline_s=deadline_s or self._deadlines.stage_s, on_answer=on_answer,
-                                     quorum=quorum)
+        answers = self._own(lambda: self._exchange.ask(stage, notes, on_answer=on_answer, quorum=quorum,
+                                                       deadline_s=deadline_s or self._deadlines.stage_s))
         bad |= {name: answer.code or MALFORMED for name, answer in answers.items() if answer.note is None}
         self.lost += [Lost(name, stage, bad[name]) for name in notes if name in bad]
         return [name for name in notes if name not in bad]
@@ -164,11 +177,13 @@ def void(code: str, bad: Mapping[str, str]) -> RoundVoid:
 P = TypeVar("P", bound=Predicate)
 
 
-def statement(model: type[P], envelope: bytes, certificate: Certificate) -> P:
-    """What a site says, once signature, predicate type and form are right. Raises CheckFailed, UsageError."""
+def statement(model: type[P], envelope: bytes, certificate: Certificate, *, subject: tuple[str, str] | None = None) -> P:
+    """What a site says, once signature, predicate type, form and (if given) subject are right. Raises CheckFailed,
+    UsageError."""
     said = open_envelope(envelope, {fingerprint(certificate): certificate})
-    if said.predicate_type != next(k.predicate_type for k in KINDS.values() if k.model is model):
-        raise CheckFailed("round.statement", "A statement is of another type than asked for.", "Ask that site.")
+    kind = next(k.predicate_type for k in KINDS.values() if k.model is model)
+    if said.predicate_type != kind or (subject is not None and said.subject != (subject,)):
+        raise CheckFailed("round.statement", "A statement is of another type or subject than asked for.", "Ask that site.")
     return validate(model, said.predicate)
 
 

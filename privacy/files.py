@@ -29,6 +29,14 @@ class FileLayer:
                           "Stop the other process, or wait for its job to end.") from e
         return fd
 
+    def sync_folder(self, folder: Path) -> None:
+        """Make the names of new files in a folder durable."""
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def append(self, fd: int, data: bytes) -> None:
         """Append all bytes and fsync. A short write is completed; an error propagates with nothing promised."""
         view = memoryview(data)

@@ -35,11 +35,7 @@ class LedgerFile:
     def sync_name(self) -> None:
         """Make a new file's name durable."""
         with _writing():
-            fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            self._files.sync_folder(self._folder)
 
     def close(self) -> None:
         """Give the lease back; again is harmless."""

@@ -30,6 +30,7 @@ class CoordinatorSession:
     those that were taken, and fix who takes part from there on: U1 (m2), U2 (m4), U3 (m6).
 
     Raises Aborted `secagg.*`: of `take_*` it is about that site, which is then left out; of the others the attempt is void.
+    `suspects`: after `secagg.forged_share`, who dealt the secrets that can't be had (or whose holders lie together).
     """
 
     def __init__(self, offer: tr.Offer, check_certificate: CheckCertificate) -> None:
@@ -43,6 +44,7 @@ class CoordinatorSession:
         self._u1: tuple[int, ...] = ()
         self._u2: tuple[int, ...] = ()
         self.survivors: tuple[int, ...] = ()
+        self.suspects: tuple[int, ...] = ()
         self.total = np.zeros(offer.dim, offer.encoding.dtype)
         self.view = self.transcript = b""
 
@@ -69,6 +71,9 @@ class CoordinatorSession:
             raise _left_out("share_list", "A site's share list is not complete.")
         if b"".join(hashlib.sha256(ct).digest() for _, ct in m3.ciphertexts) != m3.body.ciphertexts:
             raise _left_out("inbound", "A site's ciphertexts are not the ones that it signed.")
+        shares = SECRET * sum(w >= index for w in self._u1)  # b_index, and s_index,w for every w above
+        if any(len(ct) != hybrid.OVERHEAD + shares + (SECRET if v > index else 0) for v, ct in m3.ciphertexts):
+            raise _left_out("plaintext", "A site's ciphertext has the wrong length.")
         self._m3[index] = m3
 
     def m4(self) -> dict[int, bytes]:
@@ -79,7 +84,9 @@ class CoordinatorSession:
         sent = {u: dict(self._m3[u].ciphertexts) for u in self._u2}
         for u in self._u2:  # relayed; only the commitments are needed from here on
             self._m3[u] = self._m3[u].model_copy(update={"ciphertexts": ()})
-        return {u: dump(M4(bodies=bodies, inbound=tuple((v, sent[v][u]) for v in self._u2 if v != u))) for u in self._u2}
+        inbound = {u: tuple((v, sent[v][u]) for v in self._u2 if v != u) for u in self._u2}
+        shared = dump(M4(bodies=bodies, inbound=())).removesuffix(b"[]}")  # the same for all, and most of the message
+        return {u: shared + dump(M4(bodies=(), inbound=inbound[u])).partition(b'"inbound":')[2] for u in self._u2}
 
     def take_m5(self, index: int, data: bytes, y: Ring) -> None:
         """Verify, then add. Memory stays at one vector however many sites there are."""
@@ -93,10 +100,6 @@ class CoordinatorSession:
         self._verify(index, m5.signature, tr.signed_m5(self.view, index, y_hash))
         self._m5[index] = m5
         np.add(self.total, y, out=self.total)
-
-    def y_hash(self, index: int) -> str:
-        """Hex SHA-256 of a site's masked vector, once taken."""
-        return self._m5[index].y_hash
 
     def m6(self) -> bytes:
         """The message for each survivor. Nobody's vector is taken from here on."""
@@ -145,19 +148,23 @@ class CoordinatorSession:
 
     def _reconstruct(self, wanted: Sequence[Pair]) -> dict[Pair, bytes]:
         """(u, u) -> b_u and (low, high) -> s_low,high, from t holders' shares of all of them. Other holders are tried
-        for those that don't fit their commitment."""
+        for those that don't fit their commitment, first of all those whose shares agree with what was found."""
         held = {u + 1: m.joined() for u, m in self._m9.items()}
         commitments = {pair: self._commitment(*pair) for pair in wanted}
+        parts = {pair: slice(k * SECRET, (k + 1) * SECRET) for k, pair in enumerate(wanted)}
         found: dict[Pair, bytes] = {}
         for _ in range(MAX_SUBSETS):
             points = secrets.SystemRandom().sample(sorted(held), self.offer.threshold)
             joined = shamir.combine({x: held[x] for x in points})
-            for k, pair in enumerate(wanted):
-                secret = joined[k * SECRET:(k + 1) * SECRET]
-                if self._commit(*pair, secret) == commitments[pair]:
-                    found[pair] = secret
+            fits = [pair for pair in wanted if self._commit(*pair, joined[parts[pair]]) == commitments[pair]]
+            found |= {pair: joined[parts[pair]] for pair in fits}
             if len(found) == len(wanted):
                 return found
+            line = shamir.interpolate({x: held[x] for x in points}, at=sorted(held))
+            honest = {x: shares for x, shares in held.items()
+                      if all(line[x][parts[pair]] == shares[parts[pair]] for pair in fits)}
+            held = honest if len(honest) >= self.offer.threshold else held
+        self.suspects = tuple(sorted({low for low, high in wanted if (low, high) not in found}))
         raise Aborted("secagg.forged_share", "No set of shares gives a committed secret.",
                       "The round is void; a site dealt or released wrong shares.")
 

@@ -14,6 +14,7 @@ before it is encoded, so clipping bounds it as well.
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -71,19 +72,21 @@ class Encoding:
     def dtype(self) -> np.dtype[np.uint32] | np.dtype[np.uint16]:
         return np.dtype(np.uint32) if self.ring == 32 else np.dtype(np.uint16)
 
-    def encode(self, update: NDArray[np.float32], weight: float) -> Words:
+    def encode(self, update: NDArray[np.float32], weight: float, *, consume: bool = False) -> Words:
         """Encode an update, float32 (dim,), into words (dim,). Call it once for each update: rounding is drawn anew.
 
-        weight: w / w_cap, in (0, 1]. Needs about a megabyte beside input and output.
+        weight: w / w_cap, in (0, 1]. consume: the words of a 32-bit ring take the memory of `update`, which is gone then.
+        Needs about a megabyte beside input and output.
         Raises Aborted `encoding.shape`, `encoding.not_finite`; UsageError `encoding.terms` for a weight out of range.
         """
-        return self._encode(update, weight, secrets.token_bytes(32))
-
-    def _encode(self, update: NDArray[np.float32], weight: float, key: bytes) -> Words:
-        """Element i is rounded with the i-th little-endian 16-bit word of `key`'s ChaCha20 keystream."""
         self._check(update, np.dtype(np.float32))
+        reuse = consume and self.ring == 32 and update.flags.writeable and update.flags.c_contiguous
+        out: Words = update.view(np.uint32) if reuse else np.empty(self.dim, self.dtype)
+        return self._encode(update, weight, secrets.token_bytes(32), out)
+
+    def _encode(self, update: NDArray[np.float32], weight: float, key: bytes, out: Words) -> Words:
+        """Element i is rounded with the i-th little-endian 16-bit word of `key`'s ChaCha20 keystream."""
         stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
-        out: Words = np.empty(self.dim, self.dtype)
         signed = self._signed(out)
         inside, scaled, uniform = np.empty(CHUNK, np.float32), np.empty(CHUNK), np.empty(CHUNK)
         raw = bytearray(2 * CHUNK)
@@ -111,10 +114,15 @@ class Encoding:
     def decode_mean(self, total: Words, weights: Sequence[float]) -> NDArray[np.float32]:
         """Weighted mean, float32 (dim,), of the updates whose encodings add up to `total` mod 2^ring.
 
-        weights: of the sites in the sum, at most `cohort`. Raises Aborted `encoding.shape`; UsageError `encoding.terms`.
+        weights: of the sites in the sum, at most `cohort`. Raises Aborted `encoding.shape`, `encoding.sum` (a coordinate
+        that no updates inside their ranges add up to); UsageError `encoding.terms`.
         """
         self._check(total, self.dtype)
         mass = sum(map(rounded_weight, weights))
+        limit = sum(math.ceil(self.top * rounded_weight(w)) for w in weights)
+        if int(self._signed(total).max()) > limit or int(self._signed(total).min()) < -limit:
+            raise Aborted("encoding.sum", "The sum is larger than all its updates could be.",
+                          "The round is void; a site sent something that isn't an encoded update.")
         signed, out = self._signed(total), np.empty(self.dim, np.float32)
         for begin, end, c in self._segments():
             np.multiply(signed[begin:end], c / (self.top * mass), out=out[begin:end], dtype=np.float64, casting="same_kind")

@@ -14,6 +14,7 @@ from privacy.errors import Aborted
 
 _SUITE = hpke.Suite(hpke.KEM.MLKEM768_X25519, hpke.KDF.HKDF_SHA256, hpke.AEAD.CHACHA20_POLY1305)
 MLKEM_PUBLIC = 1184
+OVERHEAD = 1088 + 32 + 16  # of a ciphertext: both encapsulations and the tag
 
 
 class HybridKey:

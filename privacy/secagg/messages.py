@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,11 @@ HASH = 32
 
 def _decode(value: object) -> object:
     return base64.b64decode(value, validate=True) if isinstance(value, str) else value
+
+
+def _many(of: str = "", most: int = MAX_COHORT) -> Any:
+    """A list of a peer's message: bounded, and refused at its first bad item (an error for each would cost gigabytes)."""
+    return Field(max_length=most, fail_fast=True, description=of or None)
 
 
 Blob = Annotated[bytes, BeforeValidator(_decode), PlainSerializer(lambda b: base64.b64encode(b).decode(), when_used="json")]
@@ -42,7 +47,7 @@ class M1(Terms):
 
 
 class M2(Terms):
-    keys: tuple[M1, ...] = Field(max_length=MAX_COHORT)
+    keys: tuple[M1, ...] = _many()
 
 
 class M3Body(Terms):
@@ -73,12 +78,12 @@ class M3Body(Terms):
 class M3(Terms):
     body: M3Body
     signature: Blob
-    ciphertexts: tuple[tuple[Index, Blob], ...]
+    ciphertexts: tuple[tuple[Index, Blob], ...] = _many()
 
 
 class M4(Terms):
-    bodies: tuple[tuple[M3Body, Blob], ...] = Field(description="(body, signature) of every site", max_length=MAX_COHORT)
-    inbound: tuple[tuple[Index, Blob], ...] = Field(description="(sender, ciphertext for the receiver)")
+    bodies: tuple[tuple[M3Body, Blob], ...] = _many("(body, signature) of every site")
+    inbound: tuple[tuple[Index, Blob], ...] = _many("(sender, ciphertext for the receiver)")
 
 
 class M5(Terms):
@@ -88,7 +93,7 @@ class M5(Terms):
 
 
 class M6(Terms):
-    survivors: tuple[M5, ...] = Field(max_length=MAX_COHORT)
+    survivors: tuple[M5, ...] = _many()
 
 
 class M7(Terms):
@@ -97,14 +102,14 @@ class M7(Terms):
 
 
 class M8(Terms):
-    votes: tuple[M7, ...] = Field(max_length=MAX_COHORT)
+    votes: tuple[M7, ...] = _many()
 
 
 class M9(Terms):
     index: Index
-    shares: tuple[tuple[Index, Blob], ...] = Field(description="(u, this site's share of b_u), u a survivor")
-    pairs: tuple[tuple[Index, Index, Blob], ...] = Field(description="(low, high, its share of s_low,high), one of them a "
-                                                                     "survivor")
+    shares: tuple[tuple[Index, Blob], ...] = _many("(u, this site's share of b_u), u a survivor")
+    pairs: tuple[tuple[Index, Index, Blob], ...] = _many("(low, high, its share of s_low,high), one of them a survivor",
+                                                         MAX_COHORT**2 // 4)
     signature: Blob
 
     def joined(self) -> bytes:

@@ -51,6 +51,7 @@ class PlainCoordinator:
     """`CoordinatorSession` that adds what it sees, with the same least number of sites."""
 
     view = transcript = b""
+    suspects = ()
 
     def __init__(self, offer: tr.Offer) -> None:
         self.offer, self._seen = offer, dict[int, str]()
@@ -78,9 +79,6 @@ class PlainCoordinator:
             raise Aborted("secagg.dimension", "A vector has the wrong shape or sender.", "That site is left out.")
         self._seen[index] = m5.y_hash
         np.add(self.total, y, out=self.total)
-
-    def y_hash(self, index: int) -> str:
-        return self._seen[index]
 
     def m6(self) -> bytes:
         check_members(sorted(self._seen), range(len(self.offer.cohort)), self.offer.survivors, "stage")

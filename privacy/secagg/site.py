@@ -102,10 +102,14 @@ class SiteSession:
             raise
         except ConsiloError as e:
             self._drop()
-            raise _abort("identity", f"A signature or certificate was refused ({e.code}).") from e
-        except BaseException as e:  # a session that failed anywhere must never go on
+            code = "identity" if e.code.startswith("identity.") else "internal"
+            raise _abort(code, f"The session met {e.code}.") from e
+        except Exception as e:  # a session that failed anywhere must never go on
             self._drop()
             raise _abort("internal", f"The session failed with {type(e).__name__}.") from e
+        except BaseException:  # this process is being ended
+            self._drop()
+            raise
         self._next, self._last = following, (stage, key, reply)
         return reply
 

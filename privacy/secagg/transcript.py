@@ -19,6 +19,7 @@ from privacy.errors import Refused, UsageError, nearest
 from privacy.secagg.encoding import Encoding
 
 MAX_COHORT = 100
+MAX_SEGMENTS = 10_000
 
 
 class Member(Terms):
@@ -34,13 +35,14 @@ class Offer(Terms):
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     round: int = Field(ge=1)
     attempt: int = Field(ge=0)
-    cohort: tuple[Member, ...] = Field(max_length=MAX_COHORT)
+    cohort: tuple[Member, ...] = Field(max_length=MAX_COHORT, fail_fast=True)
     threshold: int = Field(description="t: shares, and votes, needed to unmask")
     survivors: int = Field(description="least |U1|, |U2| and |U3|")
     ring: Literal[16, 32]
     bits: int
-    ranges: tuple[tuple[Annotated[int, Field(ge=1)], str], ...] = Field(description="(count, C as a decimal string): the "
-                                                                       "public bound on each segment of the vector")
+    ranges: tuple[tuple[Annotated[int, Field(ge=1)], str], ...] = Field(
+        max_length=MAX_SEGMENTS, fail_fast=True, description="(count, C as a decimal string): the public bound on each "
+        "segment of the vector")
     w_cap: str = "1.0"
     base_model: Sha256
     adapter: Sha256

@@ -46,8 +46,8 @@ def encoded_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
     seen: list[bytes] = []
     original = Encoding.encode
 
-    def encode(self: Encoding, update: Any, weight: float) -> Any:
-        out = original(self, update, weight)
+    def encode(self: Encoding, update: Any, weight: float, **how: bool) -> Any:
+        out = original(self, update, weight, **how)
         seen.append(out.tobytes())
         return out
 

@@ -163,7 +163,7 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
                             "config.invalid"),
     "dropout with a remark": (change("round", {"round": 1}, dropped=[{**drop("clinic-c", "masked"), CANARY: ""}]),
                               "statements", "config.unknown_key"),
-    "vote of 63 bytes": (change("round", {"round": 1}, votes=[vote("clinic-a", b"s" * 63)]), "statements",
+    "vote of 61 bytes": (change("round", {"round": 1}, votes=[vote("clinic-a", b"s" * 61)]), "statements",
                          "config.invalid"),
     "vote in two encodings": (change("round", {"round": 1}, votes=[{**vote("clinic-a", b"s" * 64),
                                                                     "signature": "c3Nz" * 21 + "cx=="}]),

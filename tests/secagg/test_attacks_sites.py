@@ -58,7 +58,7 @@ def test_attack_misdealt_secret_and_a_dropout(consortium: Consortium, item: int,
     kind = type("Kind", (Lies,), {"item": item})
     for n, t in ((4, 3), (7, 5)):
         played = lied(consortium, n, t, kind, lost)
-        assert played.void == code
+        assert played.void == code and played.coordinator.suspects == ((0,) if code else ())
         if not code:
             survivors = [u for u in range(n) if u != lost]
             assert np.array_equal(played.total, added(vectors(played.coordinator.offer), survivors))

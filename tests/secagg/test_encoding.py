@@ -16,6 +16,12 @@ from privacy.errors import Aborted, UsageError
 from privacy.secagg.encoding import CHUNK, WEIGHT_STEPS, Encoding, rounded_weight
 
 KEY = bytes(range(32))
+
+
+def words(encoding: Encoding, update: np.ndarray[Any, Any], weight: float) -> np.ndarray[Any, Any]:
+    """Encoded under a fixed rounding key."""
+    return encoding._encode(update, weight, KEY, np.empty(encoding.dim, encoding.dtype))
+
 WEIGHTS = st.floats(2.0**-20, 1)
 
 
@@ -96,7 +102,7 @@ def test_a_value_outside_counts_as_the_end_of_its_range() -> None:
     encoding = Encoding(bits=16, ring=32, cohort=3, ranges=((3, 1.0), (3, 0.1)))
     x = np.array([1, 5, -3e38, 0.1, 1, -1], np.float32)
     assert encoding.encode(x, 1.0).view(np.int32).tolist() == [32767, 32767, -32767, 32767, 32767, -32767]
-    half = encoding._encode(x, 0.5, KEY).view(np.int32)
+    half = words(encoding, x, 0.5).view(np.int32)
     assert np.abs(half - np.sign(x) * 16383.5).max() == 0.5
 
 
@@ -111,14 +117,14 @@ def test_chunks_and_segments_leave_the_rounding_as_it_is(ring: int, sizes: tuple
     x = np.random.default_rng(1).uniform(-1, 1, encoding.dim).astype(np.float32)
     stream = np.frombuffer(Cipher(ChaCha20(KEY, bytes(16)), None).encryptor().update(bytes(2 * x.size)), "<u2")
     want = np.floor(x * (0.75 * 255 / np.array(bounds(encoding))) + (stream + 0.5) / 2**16).astype(np.int64)
-    assert np.array_equal(encoding._encode(x, 0.75, KEY), want.astype(encoding.dtype))
+    assert np.array_equal(words(encoding, x, 0.75), want.astype(encoding.dtype))
 
 
 def test_rounding_is_unbiased() -> None:
     """Up with the probability of the fraction: exact binomial, 2^18 draws each, fixed key, two-sided, alpha 1e-4."""
     encoding = Encoding(bits=24, ring=32, cohort=2, ranges=((14 * 2**18, float(2**23 - 1)),))
     values = [sign * v for sign in (1, -1) for v in (0.0625, 0.25, 0.5, 0.875, 2**18 + 0.125, 2**18 + 0.5, 2**22 + 0.5)]
-    got = encoding._encode(np.repeat(np.array(values, np.float32), 2**18), 1.0, KEY).view(np.int32).reshape(14, -1)
+    got = words(encoding, np.repeat(np.array(values, np.float32), 2**18), 1.0).view(np.int32).reshape(14, -1)
     for row, value in zip(got, values, strict=True):
         low = int(np.floor(value))
         assert set(row.tolist()) == {low, low + 1}
@@ -212,3 +218,30 @@ def test_memory_stays_at_the_output_and_a_chunk(ring: int) -> None:
     finally:
         tracemalloc.stop()
     assert encode <= 0.1 * x.nbytes and decode <= 0.1 * x.nbytes
+
+
+@pytest.mark.parametrize("ring", [16, 32])
+def test_a_consumed_update_gives_the_same_words(ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import privacy.secagg.encoding as module
+
+    monkeypatch.setattr(module.secrets, "token_bytes", lambda n: KEY)
+    encoding = Encoding(bits=12, ring=ring, cohort=4, ranges=((70_001, 1.0), (9, 0.1)))
+    x = np.random.default_rng(0).normal(size=encoding.dim).astype(np.float32)
+    kept, gone = x.copy(), x.copy()
+    want, got = encoding.encode(kept, 0.7), encoding.encode(gone, 0.7, consume=True)
+    assert np.array_equal(want, got) and np.array_equal(kept, x)
+    assert np.shares_memory(got, gone) == (ring == 32)
+    kept.flags.writeable = False
+    assert np.array_equal(encoding.encode(kept, 0.7, consume=True), want), "what can't be written is left alone"
+
+
+def test_a_sum_that_no_updates_could_give_is_refused() -> None:
+    encoding = Encoding(bits=8, ring=32, cohort=4, ranges=((3, 1.0),))
+    weights = [1.0, 0.5, 0.5]
+    top = 127 + 64 + 64
+    for bad, at in ((top + 1, 0), (-top - 1, 2), (2**31 - 1, 1), (-2**31, 1)):
+        total = np.array([top, -top, 0], np.int32)
+        encoding.decode_mean(total.view(np.uint32), weights)
+        total[at] = bad
+        with pytest.raises(Aborted, match=r"encoding\.sum"):
+            encoding.decode_mean(total.view(np.uint32), weights)

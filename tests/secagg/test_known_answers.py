@@ -80,7 +80,7 @@ def test_encoded_words(case: dict[str, Any]) -> None:
     ranges = tuple((count, float(c)) for count, c in part["ranges"])
     bits, ring, weight = case["bits"], case["ring"], float(case["weight"])
     encoding = Encoding(bits=bits, ring=ring, cohort=2, ranges=ranges)
-    got = encoding._encode(np.array(update, np.float32), weight, key)
+    got = encoding._encode(np.array(update, np.float32), weight, key, np.empty(encoding.dim, encoding.dtype))
     lattice = Fraction(round(weight * 2**16), 2**16)
     assert rounded_weight(weight) == lattice
     bounds = [c for count, c in ranges for _ in range(count)]

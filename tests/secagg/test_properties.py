@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import product
+from random import Random
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from simulations.adversary import Consortium, play
 
 STAGES = ("m1", "m3", "m5", "m7", "m9")
 NEVER = len(STAGES)
+INBOUND = ("m2", "m4", "m6", "m8")
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 
 
@@ -47,15 +50,16 @@ def check_dropouts(consortium: Consortium, offer: tr.Offer, drops: tuple[int, ..
         assert played.total is None and played.void == "secagg.too_few"
 
 
-@pytest.mark.parametrize(("n", "t", "ring", "bits"), [(3, 3, 32, 24), (4, 3, 16, 14), (4, 3, 32, 29), (5, 4, 32, 24)])
+@pytest.mark.parametrize(("n", "t", "ring", "bits"), [(3, 3, 32, 24), (4, 3, 16, 14), (5, 4, 32, 24), (5, 5, 16, 13)])
 def test_sum_is_exact_for_every_dropout_pattern(consortium: Consortium, n: int, t: int, ring: int, bits: int) -> None:
     """Each site falls out before any of its messages, or never. Patterns that differ only after the attempt is void count
-    once."""
+    once; of five sites those where exactly one site is missing then."""
     patterns = set[tuple[int, ...]]()
     for drops in product(range(NEVER + 1), repeat=n):
         members, end = outcome(drops, t, t)
-        patterns.add(drops if members else tuple(min(d, end) for d in drops))
-    assert len([p for p in patterns if outcome(p, t, t)[0]]) == {(3, 3): 1, (4, 3): 21, (5, 4): 26}[n, t]
+        if members or n < 5 or sum(d >= end for d in drops) == t - 1:
+            patterns.add(drops if members else tuple(min(d, end) for d in drops))
+    assert sum(bool(outcome(p, t, t)[0]) for p in patterns) == {(3, 3): 1, (4, 3): 21, (5, 4): 26, (5, 5): 1}[n, t]
     offer = consortium.offer(n, t, 5, ring=ring, bits=bits)
     for k, drops in enumerate(sorted(patterns)):
         check_dropouts(consortium, offer, drops, tuple((k >> u) % 2 == 0 for u in range(n)))
@@ -77,47 +81,45 @@ def test_sum_is_exact_for_random_dropouts(consortium: Consortium, data: st.DataO
     check_dropouts(consortium, offer, drops, inbound)
 
 
-def members(data: st.DataObject, n: int, survivors: int) -> list[int]:
+def members(random: Random, n: int, survivors: int) -> Sequence[int]:
     """A list as a clever coordinator makes it: mostly as short as is allowed, at times anything."""
-    if data.draw(st.integers(0, 9)) == 0:
-        return sorted(data.draw(st.sets(st.integers(0, n - 1))))
-    gone = data.draw(st.sets(st.integers(0, n - 1), max_size=n - survivors))
-    return [u for u in range(n) if u not in gone]
+    size = random.randint(0, n) if random.random() < 0.1 else random.randint(survivors, n)
+    return sorted(random.sample(range(n), size))
 
 
 def test_random_coordinator_never_bares_a_site(consortium: Consortium) -> None:
-    """At each stage each honest site is told one of up to three lists; a message may be another site's or another stage's,
+    """At some stages each honest site is told one of up to three lists; a message may be another one of the attempt,
     or doubled. Whatever they answer, coordinator and n_C sites hold at most one sum, over all honest survivors of one
     agreed set (of at least two). At times they must get that far, or the test would test nothing."""
     seen = Counter[str]()
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=SLOW)
-    @given(data=st.data())
-    def attempt(data: st.DataObject) -> None:
-        n = data.draw(st.integers(3, 7))
-        n_c = data.draw(st.sampled_from([k for k in range(1, n - 1) if tr.least_threshold(n, k) <= n]))
-        t = data.draw(st.integers(tr.least_threshold(n, n_c), n))
-        survivors = data.draw(st.integers(tr.least_survivors(t, n_c), n))
-        colluders = data.draw(st.sets(st.integers(0, n - 1), min_size=n_c, max_size=n_c))
-        replaced = data.draw(st.none() | st.tuples(st.sampled_from(["m2", "m4", "m6", "m8"]), st.integers(0, n - 1)))
+    @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=SLOW)
+    @given(random=st.randoms(use_true_random=True))
+    def attempt(random: Random) -> None:
+        n = random.choice([7, 7, 7, 6, 5, 4, 3])
+        n_c = random.choice([k for k in range(1, n - 1) if tr.least_threshold(n, k) <= n])
+        t = min(n, tr.least_threshold(n, n_c) + random.choice([0, 0, 0, 1]))
+        survivors = min(n, tr.least_survivors(t, n_c) + random.choice([0, 0, 0, 1]))
+        colluders = random.sample(range(n), n_c)
+        replaced = random.choice(INBOUND), random.randrange(3 * n)
         kept = dict[tuple[str, int], bytes]()
 
         def tamper(message: str, u: int, sent: bytes) -> bytes:
             kept[message, u] = sent
-            if (message, u) == replaced:
-                return data.draw(st.sampled_from([*kept.values(), sent + sent]))
-            return sent
+            return random.choice([*kept.values(), sent + sent]) if (message, u) == replaced else sent
 
         offer = consortium.offer(n, t, 4, survivors=survivors)
         liar = Liar(consortium, offer, colluders, vectors(offer), n_c=n_c, tamper=tamper)
         for stage in (liar.keys, liar.shares, liar.survivors, liar.votes):
-            pool = [members(data, n, survivors) for _ in range(data.draw(st.integers(1, 3)))]
-            views = {u: data.draw(st.sampled_from(pool)) for u in liar.sites}
-            stage({u: sorted({*view, u}) if data.draw(st.integers(0, 9)) else view for u, view in views.items()})
+            pool: list[Sequence[int]] = [range(n)]
+            if random.random() < 0.4:
+                pool = [members(random, n, survivors) for _ in range(random.randint(1, 3))]
+            views = {u: random.choice(pool) for u in liar.sites}
+            stage({u: sorted({*view, u}) if random.random() < 0.9 else view for u, view in views.items()})
         size = liar.check_promise(n_c)
         seen.update({"runs": 1, "votes": bool(liar.m7), "shares": bool(liar.m9), "sums": size > 0,
                      "two views": len({site.view for site in liar.sites.values()} - {b""}) > 1,
                      "two sets": len({site.transcript for site in liar.sites.values()} - {b""}) > 1})
 
     attempt()
-    assert all(seen[what] >= 10 for what in ("votes", "shares", "sums", "two views", "two sets")), seen
+    assert all(seen[what] >= 5 for what in ("votes", "shares", "sums", "two views", "two sets")), seen

@@ -37,12 +37,24 @@ def signed(**body: Any) -> Change:
     (edit(lambda v: v["ciphertexts"].reverse()), "secagg.share_list"),
     (edit(lambda v: v["ciphertexts"][0].__setitem__(0, 1)), "secagg.share_list"),
     (edit(lambda v: v["ciphertexts"].append(v["ciphertexts"][0])), "secagg.share_list"),
-    (edit(lambda v: v["ciphertexts"][0].__setitem__(1, v["ciphertexts"][1][1])), "secagg.inbound"),
+    (edit(lambda v: v["ciphertexts"][1].__setitem__(1, v["ciphertexts"][2][1])), "secagg.inbound"),
     (signed(ciphertexts=flipped), "secagg.inbound"),
 ], ids=["another's", "another's, unsigned", "signature", "no message", "com_b", "com_s", "hashes", "one missing", "order",
         "to itself", "twice", "swapped", "another hash"])
 def test_m3_of_one_site_is_left_out(consortium: Consortium, change: Change, code: str) -> None:
     left_out(consortium, "m3", 1, change, code)
+
+
+@pytest.mark.parametrize("to", [0, 2])
+@pytest.mark.parametrize("alter", [lambda ct: ct[:-1], lambda ct: ct + b"\0", lambda ct: b"", lambda ct: ct + bytes(32)])
+def test_a_ciphertext_of_another_length_is_its_senders_fault(consortium: Consortium, to: int, alter: Any) -> None:
+    """Signed by it: its peers would have to abort."""
+    def change(scene: Scene, data: bytes) -> bytes:
+        cts = tuple((v, alter(ct) if v == to else ct) for v, ct in load(M3, data).ciphertexts)
+        hashes = b"".join(hashlib.sha256(ct).digest() for _, ct in cts)
+        return dump(scene.m3(1, data, ciphertexts=hashes).model_copy(update={"ciphertexts": cts}))
+
+    left_out(consortium, "m3", 1, change, "secagg.plaintext")
 
 
 def test_m3_twice_late_or_from_outside_is_refused(consortium: Consortium) -> None:

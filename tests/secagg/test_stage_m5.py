@@ -76,7 +76,7 @@ def test_m5_twice_late_or_from_outside_is_refused(consortium: Consortium) -> Non
     with pytest.raises(Aborted, match=r"secagg\.sender"):
         s.coordinator.take_m5(5, *made[5])
     assert np.array_equal(s.coordinator.total, before)
-    assert s.coordinator.y_hash(0) == hashlib.sha256(made[0][1].tobytes()).hexdigest() == s.sites[0].masked
+    assert s.coordinator._m5[0].y_hash == hashlib.sha256(made[0][1].tobytes()).hexdigest() == s.sites[0].masked
 
 
 @pytest.mark.parametrize("x", [np.zeros(DIM + 1, np.uint32), np.zeros((1, DIM), np.uint32), np.zeros(DIM, np.uint16),

@@ -66,7 +66,7 @@ def test_a_vote_binds_everything_before_it(consortium: Consortium) -> None:
     played = s.play(lambda message, u, data: data)
     t3 = s.coordinator.transcript
     assert {site.transcript for site in s.sites} == {t3}
-    vectors = [(u, bytes.fromhex(s.coordinator.y_hash(u))) for u in range(4)]
+    vectors = [(u, bytes.fromhex(s.coordinator._m5[u].y_hash)) for u in range(4)]
     assert t3 == tr.t3(s.coordinator.view, vectors)
     for u in range(4):
         vote = load(M7, played.sent["m7", u])
