@@ -77,7 +77,8 @@ def reply(message: Any, body: bytes, arrays: Mapping[str, Vector]) -> Any:
     records = RecordDict({"c": ConfigRecord({"body": body})})
     if arrays:
         records["arrays"] = ArrayRecord({
-            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
+            name: Array(vector.dtype.name, vector.shape, STYPE,
+                        vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
             for name, vector in arrays.items()})
     return Message(records, reply_to=message)
 

@@ -170,7 +170,8 @@ def pack(note: Note, packed: dict[int, Any] | None = None) -> Any:
     packed = {} if packed is None else packed
     if note.arrays and id(note) not in packed:
         packed[id(note)] = ArrayRecord({
-            name: Array(vector.dtype.name, vector.shape, STYPE, vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
+            name: Array(vector.dtype.name, vector.shape, STYPE,
+                        vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
             for name, vector in note.arrays.items()})
     if note.arrays:
         records["arrays"] = packed[id(note)]
