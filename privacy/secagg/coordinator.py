@@ -148,22 +148,23 @@ class CoordinatorSession:
 
     def _reconstruct(self, wanted: Sequence[Pair]) -> dict[Pair, bytes]:
         """(u, u) -> b_u and (low, high) -> s_low,high, from t holders' shares of all of them. Other holders are tried
-        for those that don't fit their commitment, first of all those whose shares agree with what was found."""
+        for those that don't fit their commitment: by turns any, and those whose shares agree with what was found. Any,
+        because a dealer can make honest holders disagree, to leave the others at a forger's mercy."""
         held = {u + 1: m.joined() for u, m in self._m9.items()}
         commitments = {pair: self._commitment(*pair) for pair in wanted}
         parts = {pair: slice(k * SECRET, (k + 1) * SECRET) for k, pair in enumerate(wanted)}
         found: dict[Pair, bytes] = {}
-        for _ in range(MAX_SUBSETS):
-            points = secrets.SystemRandom().sample(sorted(held), self.offer.threshold)
+        agreed = sorted(held)
+        for attempt in range(MAX_SUBSETS):
+            points = secrets.SystemRandom().sample(agreed if attempt % 2 else sorted(held), self.offer.threshold)
             joined = shamir.combine({x: held[x] for x in points})
             fits = [pair for pair in wanted if self._commit(*pair, joined[parts[pair]]) == commitments[pair]]
             found |= {pair: joined[parts[pair]] for pair in fits}
             if len(found) == len(wanted):
                 return found
-            line = shamir.interpolate({x: held[x] for x in points}, at=sorted(held))
-            honest = {x: shares for x, shares in held.items()
-                      if all(line[x][parts[pair]] == shares[parts[pair]] for pair in fits)}
-            held = honest if len(honest) >= self.offer.threshold else held
+            line = shamir.interpolate({x: held[x] for x in points}, at=agreed)
+            agree = [x for x in agreed if all(line[x][parts[pair]] == held[x][parts[pair]] for pair in fits)]
+            agreed = agree if len(agree) >= self.offer.threshold else agreed
         self.suspects = tuple(sorted({low for low, high in wanted if (low, high) not in found}))
         raise Aborted("secagg.forged_share", "No set of shares gives a committed secret.",
                       "The round is void; a site dealt or released wrong shares.")

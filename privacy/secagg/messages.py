@@ -24,9 +24,9 @@ def _decode(value: object) -> object:
     return base64.b64decode(value, validate=True) if isinstance(value, str) else value
 
 
-def _many(of: str = "", most: int = MAX_COHORT) -> Any:
+def _many(of: str | None = None, most: int = MAX_COHORT) -> Any:
     """A list of a peer's message: bounded, and refused at its first bad item (an error for each would cost gigabytes)."""
-    return Field(max_length=most, fail_fast=True, description=of or None)
+    return Field(max_length=most, fail_fast=True, description=of)
 
 
 Blob = Annotated[bytes, BeforeValidator(_decode), PlainSerializer(lambda b: base64.b64encode(b).decode(), when_used="json")]

@@ -1,266 +1,145 @@
-"""Removes each check of the secure-aggregation state machines in turn, and expects a test to notice (`make mutate`).
+"""Takes each check of the state machines away in turn (mutants.py), and expects a test to notice: `make mutate`.
 
     python tests/secagg/mutate.py [module ...] [-v]
 
-A mutant is one module without one thing: an `if` that raises or returns, a call made only for its effect, a clause of
-and/or, a side of a chained comparison, a part of compared tuples, a condition of a comprehension, an assignment of None,
-the handling of an exception, a final `raise`; or with a check's bound off by one. The tests of this folder run on it in a
-forked process until the first failure. Exit code 1 if a mutant survives.
+The tests run once as they are, traced, so that it is known which of them reach which line. Then each mutant gets a forked
+process, in which its code takes the original's place and the tests that reach it run until one fails, first those in
+which the check has its effect. Exit code 1 if a mutant survives. Tests with random input don't count here.
 """
 
 from __future__ import annotations
 
-import ast
-import copy
-import importlib.abc
-import importlib.util
-import json
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process with threads must not fork
+
+import pytest
+from _pytest.runner import runtestprotocol
+from mutants import MODULES, PACKAGE, Mutant, mutants
+
 HERE = Path(__file__).parent
-PACKAGE = HERE.parent.parent / "privacy" / "secagg"
-MODULES = ("peers", "hybrid", "plain", "messages", "transcript", "site", "coordinator")
 TESTS = ("stage_m1_m2", "stage_m3_m4", "stage_m5", "stage_m6_m7", "stage_m8_m9", "abort", "transcript", "plain",
-         "attacks_views", "attacks_sites", "attacks", "messages", "properties")  # quick ones first
+         "attacks_views", "attacks_sites", "attacks", "messages")
 PARALLEL = 2
-OFF_BY_ONE = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
-Change = Callable[[Any], None]  # to a node of a copy of the tree
+LIMIT_S = 120  # of one mutant: most take less than one second
+Line = tuple[str, int]
 
 
-@dataclass(frozen=True)
-class Mutant:
-    module: str
-    line: int
-    what: str
-    source: str
+class Mutation:
+    """A pytest plugin that takes the place of its loop over the tests."""
 
-    def __str__(self) -> str:
-        return f"{self.module}.py:{self.line}: {self.what}"
+    def __init__(self, chosen: Sequence[str], verbose: bool) -> None:
+        self.chosen, self.verbose = chosen, verbose
+        self.reached = dict[pytest.Item, set[Line]]()
+        self.seconds = dict[pytest.Item, float]()
+        self.survived = 0
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        start = time.monotonic()
+        for item, following in zip(session.items, [*session.items[1:], session.items[0]], strict=True):
+            if name := self.traced(item, following):
+                raise pytest.UsageError(f"The tests fail without any change: {name}")
+        print(f"{len(session.items)} tests as they are: {time.monotonic() - start:.0f} s", flush=True)
+        found = [mutant for module in self.chosen for mutant in mutants(module)]
+        for mutant, noticed in self.outcomes(found.copy()):
+            self.survived += not noticed
+            if self.verbose or not noticed:
+                print(f"{'killed  ' if noticed else 'SURVIVED'}  {mutant}  {noticed and '<- ' + noticed}", flush=True)
+        print(f"{len(found)} mutants, {self.survived} survived, {time.monotonic() - start:.0f} s")
+        return True
 
-def mutants(module: str) -> Iterator[Mutant]:
-    """All of one module, in the order of its lines."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    found = []
-    for place, node in enumerate(ast.walk(tree)):
-        for line, what, change in changes(node):
-            changed = copy.deepcopy(tree)
-            change(list(ast.walk(changed))[place])
-            found.append(Mutant(module, line, what, ast.unparse(ast.fix_missing_locations(changed))))
-    return iter(sorted(found, key=lambda m: m.line))
+    def traced(self, item: pytest.Item, following: pytest.Item) -> str:
+        """Run a test; fixtures that the following one needs stay. Returns its name if it failed."""
+        lines = self.reached[item] = set()
+        modules = {str(PACKAGE / f"{name}.py"): name for name in MODULES}
 
+        def called(frame: FrameType, event: str, argument: object) -> Any:
+            return passed if frame.f_code.co_filename in modules else None
 
-def changes(node: ast.AST) -> Iterator[tuple[int, str, Change]]:
-    """(line, description, change) of a node's own mutants."""
-    for name in ("body", "orelse", "finalbody"):
-        block = getattr(node, name, None)
-        for k, statement in enumerate(block if isinstance(block, list) else ()):
-            if goes(node, statement, k):
-                yield statement.lineno, f"without {short(statement)}", without(name, k)
-            if isinstance(statement, ast.Assign) and ast.unparse(statement.value) == "None":
-                for t, target in enumerate(statement.targets):
-                    yield statement.lineno, f"without {short(target)} = None", untargeted(name, k, t)
-    if isinstance(node, ast.BoolOp):
-        for k, clause in enumerate(node.values):
-            yield clause.lineno, f"without clause {short(clause)}", drop("values", k)
-    if isinstance(node, ast.Compare):
-        yield from comparisons(node)
-    if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise):
-        for place, part in enumerate(ast.walk(node.test)):
-            if isinstance(part, ast.Compare) and part in skeleton(node.test):
-                for k, op in enumerate(part.ops):
-                    if type(op) in OFF_BY_ONE:
-                        yield part.lineno, f"off by one: {short(part)} at {k + 1}", off_by_one(place, k)
-    if isinstance(node, ast.comprehension) and node.ifs:
-        yield node.ifs[0].lineno, f"without condition {short(node.ifs[0])}", drop("ifs", 0)
-    if isinstance(node, ast.ExceptHandler):
-        yield node.lineno, f"without handling {short(node.type)}", passed_on
+        def passed(frame: FrameType, event: str, argument: object) -> Any:
+            lines.add((modules[frame.f_code.co_filename], frame.f_lineno))
+            return passed
 
+        start = time.monotonic()
+        sys.settrace(called)
+        try:
+            return failed(item, following)
+        finally:
+            sys.settrace(None)
+            self.seconds[item] = time.monotonic() - start
 
-def goes(parent: ast.AST, statement: ast.stmt, k: int) -> bool:
-    """Whether a statement may be left out by itself."""
-    if isinstance(statement, ast.If):
-        return isinstance(statement.body[-1], ast.Raise | ast.Return) and not statement.orelse
-    if isinstance(statement, ast.Raise):
-        return isinstance(parent, ast.FunctionDef) and k > 0
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call)
+    def order(self, mutant: Mutant) -> list[pytest.Item]:
+        """The tests that reach a mutant: where it has its effect first, then the quick ones."""
+        effect = (mutant.module, mutant.lines[-1])
+        reach = [item for item, lines in self.reached.items() if any((mutant.module, n) in lines for n in mutant.lines)]
+        return sorted(reach, key=lambda item: (effect not in self.reached[item], self.seconds[item]))
 
-
-def comparisons(node: ast.Compare) -> Iterator[tuple[int, str, Change]]:
-    parts = [node.left, *node.comparators]
-    if len(node.ops) > 1:
-        equal = all(isinstance(op, ast.Eq) for op in node.ops)
-        for k in range(len(parts)) if equal else (0, len(parts) - 1):
-            yield node.lineno, f"without part {short(parts[k])}", unchained(k)
-    elif all(isinstance(part, ast.Tuple) for part in parts):
-        for k, part in enumerate(parts[0].elts):  # type: ignore[attr-defined]
-            yield node.lineno, f"without part {short(part)}", untupled(k)
-
-
-def skeleton(test: ast.expr) -> list[ast.expr]:
-    """What and, or and not join in a condition."""
-    inner = test.values if isinstance(test, ast.BoolOp) else [test.operand] if isinstance(test, ast.UnaryOp) else []
-    return [test, *(part for one in inner for part in skeleton(one))]
-
-
-def without(name: str, k: int) -> Change:
-    return lambda node: getattr(node, name).__setitem__(k, ast.Pass())
+    def outcomes(self, todo: list[Mutant]) -> Iterator[tuple[Mutant, str]]:
+        """(mutant, the test that failed or ""), `PARALLEL` at a time."""
+        running = dict[int, tuple[Mutant, Path]]()
+        with tempfile.TemporaryDirectory() as folder:
+            while todo or running:
+                while todo and len(running) < PARALLEL:
+                    mutant, result = todo.pop(0), Path(folder) / str(len(todo))
+                    if pid := os.fork():
+                        running[pid] = mutant, result
+                        continue
+                    try:
+                        signal.alarm(LIMIT_S)
+                        install(mutant)
+                        tests = self.order(mutant)
+                        names = map(failed, tests, [*tests[1:], None])
+                        result.write_text(next(filter(None, names), ""))
+                    finally:
+                        os._exit(0)
+                pid, status = os.wait()
+                mutant, result = running.pop(pid)
+                if not os.WIFSIGNALED(status) and not result.exists():
+                    raise pytest.UsageError(f"This mutant could not be made: {mutant}")
+                yield mutant, result.read_text() if result.exists() else ""
 
 
-def drop(name: str, k: int) -> Change:
-    return lambda node: getattr(node, name).pop(k)
+def failed(item: pytest.Item, following: pytest.Item | None) -> str:
+    """Run a test; its name if it failed."""
+    reports = runtestprotocol(item, log=False, nextitem=following)
+    return item.nodeid.rpartition("/")[2] if any(report.failed for report in reports) else ""
 
 
-def untargeted(name: str, k: int, t: int) -> Change:
-    def change(node: Any) -> None:
-        targets = getattr(node, name)[k].targets
-        targets[t] = ast.Name("_", ast.Store())
-
-    return change
-
-
-def off_by_one(place: int, k: int) -> Change:
-    def change(node: Any) -> None:
-        compare: Any = list(ast.walk(node.test))[place]
-        compare.ops[k] = OFF_BY_ONE[type(compare.ops[k])]()
-
-    return change
+def install(mutant: Mutant) -> None:
+    """Every function of the module gets the mutant's code, so that whoever imported it has it too."""
+    module = import_module(f"privacy.secagg.{mutant.module}")
+    new = dict(codes(compile(mutant.source, str(PACKAGE / f"{mutant.module}.py"), "exec")))
+    for holder in [module, *(value for value in vars(module).values() if isinstance(value, type))]:
+        for value in vars(holder).values():
+            function = getattr(value, "fget", value.func if isinstance(value, cached_property) else value)
+            if isinstance(function, FunctionType) and function.__module__ == module.__name__ and (
+                    function.__qualname__ in new):
+                function.__code__ = new[function.__qualname__]
 
 
-def unchained(k: int) -> Change:
-    def change(node: Any) -> None:
-        parts = [node.left, *node.comparators]
-        parts.pop(k)
-        node.ops.pop(min(k, len(node.ops) - 1))
-        node.left, node.comparators = parts[0], parts[1:]
-
-    return change
-
-
-def untupled(k: int) -> Change:
-    def change(node: Any) -> None:
-        for part in (node.left, *node.comparators):
-            part.elts.pop(k)
-
-    return change
-
-
-def passed_on(node: Any) -> None:
-    node.body = [ast.Raise()]
-
-
-def short(node: ast.AST | None) -> str:
-    text = " ".join(ast.unparse(node).split()) if node else ""
-    return text if len(text) <= 78 else text[:75] + "..."
-
-
-class Replaced(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Imports a mutant in place of its module."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.mutant, self.name = mutant, f"privacy.secagg.{mutant.module}"
-
-    def find_spec(self, name: str, path: object = None, target: ModuleType | None = None) -> Any:
-        return importlib.util.spec_from_loader(name, self) if name == self.name else None
-
-    def get_source(self, name: str) -> str:
-        return self.mutant.source
-
-
-class Killer:
-    """The first test that failed, as pytest tells."""
-
-    name = ""
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed and not self.name:
-            self.name = report.nodeid.rpartition("/")[2]
-
-    def pytest_collectreport(self, report: Any) -> None:
-        if report.failed and not self.name:
-            self.name = f"import of {report.nodeid}"
-
-
-def tested(mutant: Mutant | None, tests: Sequence[str], result: Path) -> None:
-    """In a forked child: run the tests, write (exit code, killer), and end."""
-    import pytest
-
-    sink = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(sink, 1)
-    os.dup2(sink, 2)
-    if mutant:
-        sys.meta_path.insert(0, Replaced(mutant))
-    killer = Killer()
-    code = pytest.main(["-x", "-q", "--tb=no", "-p", "no:cacheprovider", "--timeout=120",
-                        *(str(HERE / f"test_{name}.py") for name in tests)], plugins=[killer])
-    result.write_text(json.dumps([int(code), killer.name]))
-    os._exit(0)
-
-
-def run_all(queue: list[Mutant | None], report: Callable[[Mutant | None, int, str], None]) -> None:
-    """`PARALLEL` at a time. The files that killed the module's last mutants come first."""
-    running, tests = dict[int, tuple[Mutant | None, Path]](), list(TESTS)
-    with tempfile.TemporaryDirectory() as folder:
-        while queue or running:
-            if queue and len(running) < PARALLEL:
-                mutant, result = queue.pop(0), Path(folder) / str(len(queue))
-                if pid := os.fork():
-                    running[pid] = mutant, result
-                else:
-                    tested(mutant, tests, result)
-                continue
-            pid, _ = os.wait()
-            mutant, result = running.pop(pid)
-            code, killer = json.loads(result.read_text()) if result.exists() else (-1, "a crash")
-            name = killer.partition(".py")[0].removeprefix("test_")
-            if mutant and name in tests[1:-2]:
-                tests.remove(name)
-                tests.insert(0, name)
-            report(mutant, code, killer)
+def codes(code: CodeType) -> Iterator[tuple[str, CodeType]]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant.co_qualname, constant
+            yield from codes(constant)
 
 
 def main(arguments: list[str]) -> int:
-    start, verbose = time.monotonic(), "-v" in arguments
-    chosen = [a for a in arguments if a != "-v"] or list(MODULES)
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process with threads must not fork
-    import numpy as np  # noqa: F401
-    import pytest  # noqa: F401
-    import scipy.stats  # noqa: F401
-
-    from privacy import ca  # noqa: F401
-
-    if any(name.startswith("privacy.secagg.") for name in sys.modules):
-        raise SystemExit("The package under test was imported before it could be changed.")
-    killed, survived = 0, list[Mutant]()
-
-    def report(mutant: Mutant | None, code: int, killer: str) -> None:
-        nonlocal killed
-        if mutant is None:
-            if code:
-                raise SystemExit(f"The tests fail without any change: {killer}")
-        elif code:
-            killed += 1
-            if verbose:
-                print(f"killed    {mutant}  <- {killer}", flush=True)
-        else:
-            survived.append(mutant)
-            print(f"SURVIVED  {mutant}", flush=True)
-
-    run_all([None], report)
-    for module in chosen:
-        before = killed, len(survived)
-        run_all(list(mutants(module)), report)
-        print(f"{module:<12} {killed - before[0]:4} killed {len(survived) - before[1]:3} survived", flush=True)
-    print(f"{'all':<12} {killed:4} killed {len(survived):3} survived in {time.monotonic() - start:.0f} s")
-    return bool(survived)
+    plugin = Mutation([a for a in arguments if a != "-v"] or MODULES, "-v" in arguments)
+    code = pytest.main(["-o", "addopts=", "-p", "no:terminal", "-p", "no:cacheprovider", "-s",
+                        *(str(HERE / f"test_{name}.py") for name in TESTS)], plugins=[plugin])
+    return int(code) or plugin.survived > 0
 
 
 if __name__ == "__main__":

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from secagg_kit import DIM, Scene, at, edit, flipped, left_out
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding as Pem
+from secagg_kit import DIM, Scene, at, edit, flipped, forged_certificate, left_out
 
 from privacy.errors import Aborted
 from privacy.secagg import hybrid
+from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1, M2, M4, M6, dump, load
 from simulations.adversary import Consortium
 
@@ -36,6 +39,19 @@ def test_attack_certificate_and_keys_replaced(consortium: Consortium) -> None:
     scene = Scene.of(consortium)
     outsider = json.loads(dump(scene.m1(5, hybrid.HybridKey().public))) | {"index": 1}
     played = scene.play(lambda m, u, data: edit(lambda v: v["keys"].__setitem__(1, outsider))(scene, data)
+                        if m == "m2" else data)
+    assert played.refused == {("m2", u): "secagg.peer" for u in range(4)} and played.total is None
+
+
+def test_attack_second_certificate_of_the_same_name(consortium: Consortium) -> None:
+    """The coordinator talked the CA into a certificate for its own key under site 1's name and organisation: it is not the
+    one in M0, and every other site refuses."""
+    own = Ed25519PrivateKey.generate()
+    pem = forged_certificate(consortium, own.public_key(), "site1", "Hospital 1").public_bytes(Pem.PEM)
+    scene, key = Scene.of(consortium), hybrid.HybridKey().public
+    assert consortium.check(pem).name == "site1"
+    made = M1(index=1, certificate=pem, public=key, signature=own.sign(tr.signed_m1(scene.offer.ctx, 1, key)))
+    played = scene.play(lambda m, u, data: dump(M2(keys=tuple(made if k.index == 1 else k for k in load(M2, data).keys)))
                         if m == "m2" else data)
     assert played.refused == {("m2", u): "secagg.peer" for u in range(4)} and played.total is None
 

@@ -220,11 +220,18 @@ def test_a_site_commits_and_deals_as_specified(consortium: Consortium) -> None:
                                                                              for _, ct in m3.ciphertexts]
 
 
-def test_keys_and_secrets_are_new_in_every_session(consortium: Consortium) -> None:
-    s = Scene.of(consortium)
-    again = consortium.sites(s.offer)
-    keys = {load(M1, site.m1()).public for site in [*s.sites, *again]}
-    assert len(keys) == 8
+def test_keys_secrets_and_shares_are_new_in_every_session(consortium: Consortium) -> None:
+    """Three sessions of the same four sites: no key, b, pair secret or share in common."""
+    keys, random = list[bytes](), list[bytes]()
+    for _ in range(3):
+        s = Scene.of(consortium)
+        own = [site._secrets for site in s.sites]
+        played = s.play(lambda message, u, data: None if message == "m4" else data)
+        for u, mine in enumerate(own):
+            assert mine is not None
+            keys.append(load(M1, played.sent["m1", u]).public)
+            random += [mine.b, *mine.pairs.values(), *(mine.held[u][i:i + 32] for i in range(0, len(mine.held[u]), 32))]
+    assert len(set(keys)) == 12 and len(set(random)) == len(random) == 3 * 2 * (4 + 6)
 
 
 def test_items_are_found_by_the_place_of_the_peer() -> None:
