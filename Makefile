@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long check bench data clean
+.PHONY: demo test test-long check bench mutate data clean
 
 demo: $(STAMP)
 	@$(BIN)/fl-simulate demo
@@ -28,6 +28,9 @@ check: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p outputs/bench
 	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
+
+mutate: $(STAMP)
+	@$(BIN)/python tests/secagg/mutate.py
 
 data: $(STAMP)
 	@$(BIN)/fl-simulate fetch minilm
