@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long check bench mutate data clean
+.PHONY: demo test test-long check bench mutate data proto clean
 
 demo: $(STAMP)
 	@$(BIN)/fl-simulate demo
@@ -31,6 +31,9 @@ bench: $(STAMP)
 
 mutate: $(STAMP)
 	@$(BIN)/python tests/secagg/mutate.py
+
+proto: $(STAMP)
+	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. privacy/control/*.proto
 
 data: $(STAMP)
 	@$(BIN)/fl-simulate fetch minilm

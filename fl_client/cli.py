@@ -34,6 +34,42 @@ def csr_command(folder: Annotated[Path, typer.Argument(help="New folder for the 
     cli_edge.emit({"request": str(folder / "request.json")}, as_json, f"Send {folder / 'request.json'} to the CA.")
 
 
+Url = Annotated[str, typer.Option("--url", help="The coordinator's enrolment port: https://host:port.")]
+Wait = Annotated[float, typer.Option("--wait", help="Seconds to wait for the CA's operator; it can be repeated.")]
+Proxy = Annotated[str | None, typer.Option("--proxy", help="http://host:port; default: HTTPS_PROXY.")]
+
+
+@app.command("enroll")
+def enroll_command(token_file: Annotated[Path, typer.Option(
+                       "--token-file", help="What the CA handed over (mode 0600), or - for stdin.")],
+                   ca: Annotated[str, typer.Option("--ca-fingerprint", help="SHA-256 of the root, from the CA.")],
+                   url: Url,
+                   name: Annotated[str, typer.Option("--name", help="Name of the site, such as hospital-a.")],
+                   organisation: Annotated[str, typer.Option("--organisation", help="Its organisation.")],
+                   folder: Annotated[Path, typer.Option("--folder", help="For keys, which never leave it, and "
+                                                        "certificates.")] = Path("keys"),
+                   wait: Wait = 600.0, proxy: Proxy = None, as_json: Json = False) -> None:
+    """Make this site's keys, ask the CA for certificates through the coordinator, and install them."""
+    from fl_client.enrol import enroll
+    from privacy.enrol import Token
+    from privacy.trust_files import parse_fingerprint
+
+    token = Token.parse(sys.stdin.buffer.readline(1000)) if str(token_file) == "-" else Token.read(token_file)
+    enroll(url, token, parse_fingerprint(ca), folder, name, organisation, wait_s=wait, proxy=proxy)
+    cli_edge.emit({"folder": str(folder), "name": name}, as_json, f"Certificates of {name} are in {folder}.")
+
+
+@app.command("renew")
+def renew_command(url: Url,
+                  folder: Annotated[Path, typer.Option("--folder", help="Keys and certificates.")] = Path("keys"),
+                  wait: Wait = 600.0, proxy: Proxy = None, as_json: Json = False) -> None:
+    """Replace the certificates and the TLS key, between runs: a contract names the certificate that it was made with."""
+    from fl_client.enrol import renew
+
+    renew(url, folder, wait_s=wait, proxy=proxy)
+    cli_edge.emit({"folder": str(folder)}, as_json, f"New certificates are in {folder}.")
+
+
 @app.command("register")
 def register_command(
         overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,

@@ -4,3 +4,4 @@ import os
 
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read at its import; else a line to stderr for each failed handshake

@@ -60,6 +60,35 @@ def status_command(folder: Annotated[Path, typer.Argument(help="Output folder of
     cli_edge.emit(found, as_json, "\n".join(lines))
 
 
+@app.command("control")
+def control_command(store: Annotated[Path, typer.Argument(help="Folder of what is served (docs/control-plane.md).")],
+                    keys: Annotated[Path, typer.Option("--keys", help="Folder with tls.key.")] = Path("keys"),
+                    certificates: Annotated[Path, typer.Option(
+                        "--certificates", help="Folder with tls.pem and trust/.")] = Path("certificates"),
+                    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+                    port: Annotated[int, typer.Option("--port", help="For holders of certificates.")] = 8444,
+                    enrol_port: Annotated[int | None, typer.Option(
+                        "--enrol-port", help="For applicants; left out: no enrolment.")] = None,
+                    as_json: Json = False) -> None:
+    """Serve roster, contracts, evidence, adapters and enrolment until stopped."""
+    import signal
+    import threading
+
+    from fl_server.control import ControlServer
+    from fl_server.control_store import ControlStore
+    from privacy import guard
+
+    guard.check()
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with ControlServer(ControlStore(store), certificate=certificates / "tls.pem", key=keys / "tls.key",
+                       trust=certificates / "trust", host=host, port=port, enrol_port=enrol_port) as control:
+        ports = {"port": control.port, "enrol_port": control.enrol_port}
+        cli_edge.emit(ports, as_json, f"control plane on {host}:{control.port}, enrolment on {control.enrol_port or 'none'}")
+        stop.wait()
+
+
 def main() -> int:
     """Entry point of `fl-server`."""
     return cli_edge.run(app)

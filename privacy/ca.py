@@ -12,8 +12,6 @@ organisation and role, one key to one name; what was issued or revoked is record
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +21,10 @@ from typing import Literal
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.x509.oid import NameOID
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from privacy.ca_certificates import alternative_names, ca_builder, ca_name, leaf_builder
+from privacy.ca_requests import read_request
 from privacy.canonical import canonical, parse
 from privacy.contract import Name, Sha256, Terms, validate
 from privacy.errors import CheckFailed, Refused, UsageError
@@ -47,8 +46,6 @@ from privacy.statements import parse_payload, seal, unseal
 ROSTER_TYPE = "application/vnd.consilo.roster+json"
 CRL_DAYS = 30
 BACKDATE = timedelta(minutes=5)  # tolerated clock difference
-_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-_DNS = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 
 
 @dataclass(frozen=True)
@@ -72,12 +69,6 @@ class RosterEntry:
     sign_fingerprint: str
     tls: x509.Certificate
     sign: x509.Certificate
-
-
-class _Request(Terms):
-    schema_version: Literal["consilo.request/1"]
-    tls: str
-    sign: str
 
 
 class _Record(Terms):
@@ -114,14 +105,14 @@ def init(folder: Path, organisation: str, *, days: int = 1825) -> str:
     subject("ca", organisation)
     if (folder / "root.pem").exists():
         raise Refused("ca.exists", "The folder holds a CA already.", "Choose an empty folder.")
-    until = _until(days)
+    valid = _validity(days)
     (folder / "keys").mkdir(mode=0o700, parents=True, exist_ok=True)
-    layer, root_name, root_key = FileLayer(), _ca_name(organisation), ec.generate_private_key(ec.SECP256R1())
-    root = _ca_builder(root_name, root_key.public_key(), root_name, root_key, until, 1).sign(root_key, hashes.SHA256())
+    layer, root_name, root_key = FileLayer(), ca_name(organisation), ec.generate_private_key(ec.SECP256R1())
+    root = ca_builder(root_name, root_key.public_key(), root_name, root_key, valid, 1).sign(root_key, hashes.SHA256())
     write_private(folder / "keys" / "root.key", key_pem(root_key))
     for role in Role:
         key = ec.generate_private_key(ec.SECP256R1())
-        cert = _ca_builder(_ca_name(organisation, role), key.public_key(), root_name, root_key, until, 0)
+        cert = ca_builder(ca_name(organisation, role), key.public_key(), root_name, root_key, valid, 0)
         write_private(folder / "keys" / f"issuing-{role}.key", key_pem(key))
         layer.write_atomic(folder / f"issuing-{role}.pem", _pem(cert.sign(root_key, hashes.SHA256())))
     _save(folder, _Index())
@@ -140,20 +131,20 @@ def issue(folder: Path, request_json: bytes, role: Role, *, days: int = 365,
     `identity.untrusted` (a subject that is not one name and one organisation); UsageError `ca.hosts`, `ca.days`,
     `ca.missing`, `identity.name`, `json.invalid`, `config.invalid`.
     """
-    tls, sign = _read_request(request_json)
+    tls, sign = read_request(request_json)
     name, organisation = read_subject(tls.subject)
-    alternatives, until = _alternative_names(role, hosts), _until(days)
+    alternatives, valid = alternative_names(role, hosts), _validity(days)
     who = subject(name, organisation)
     with _locked(folder):
         index = _load(folder)
         _check_owner(index, name, organisation, role, (tls, sign))
         key, ca = _issuer(folder, role)
-        builder = _leaf_builder(who, public_key(tls), ca, until)
+        builder = leaf_builder(who, public_key(tls), ca, valid)
         builder = builder.add_extension(x509.ExtendedKeyUsage([role.purpose]), critical=False)
         if alternatives:
             builder = builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
         tls_cert = builder.sign(key, hashes.SHA256())
-        sign_cert = _leaf_builder(who, public_key(sign), ca, until).sign(key, hashes.SHA256())
+        sign_cert = leaf_builder(who, public_key(sign), ca, valid).sign(key, hashes.SHA256())
         record = _Issued(name=name, organisation=organisation, role=role, tls=_pem(tls_cert).decode(),
                          sign=_pem(sign_cert).decode(), tls_fingerprint=fingerprint(tls_cert),
                          sign_fingerprint=fingerprint(sign_cert))
@@ -166,6 +157,11 @@ def issue(folder: Path, request_json: bytes, role: Role, *, days: int = 365,
         layer.write_atomic(out / "tls.pem", _pem(tls_cert))
         layer.write_atomic(out / "sign.pem", _pem(sign_cert))
     return IssuedFiles(name, organisation, role, out, record.tls_fingerprint, record.sign_fingerprint)
+
+
+def current_signers(folder: Path) -> dict[str, x509.Certificate]:
+    """The signing certificates that a roster would hold, by fingerprint. Raises UsageError `ca.missing`."""
+    return {r.sign_fingerprint: load_certificate(r.sign.encode()) for r in _current(_load(folder)).values()}
 
 
 def revoke(folder: Path, name: str) -> int:
@@ -215,11 +211,16 @@ def roster(folder: Path) -> bytes:
 
     Revoked and expired ones are left out; of renewed ones the latest counts. Raises UsageError `ca.missing`.
     """
-    latest = {r.name: r for r in _load(folder).issued
-              if r.revoked is None and load_certificate(r.tls.encode()).not_valid_after_utc > _now()}
+    latest = _current(_load(folder))
     entries = [latest[name].model_dump(mode="json", exclude={"revoked"}) for name in sorted(latest)]
     body = _Roster(entries=tuple(_Record.model_validate(e) for e in entries))
     return seal(_CaSigner(*_issuer(folder, Role.SITE)), ROSTER_TYPE, canonical(body.model_dump(mode="json")))
+
+
+def _current(index: _Index) -> dict[str, _Issued]:
+    """By name, the latest that is neither revoked nor expired."""
+    return {r.name: r for r in index.issued
+            if r.revoked is None and load_certificate(r.tls.encode()).not_valid_after_utc > _now()}
 
 
 def verify_roster(data: bytes, trust: TrustStore, *, at: datetime | None = None) -> list[RosterEntry]:
@@ -263,23 +264,6 @@ def _accept(record: _Record, trust: TrustStore, at: datetime) -> RosterEntry:
                        tls, sign)
 
 
-def _read_request(data: bytes) -> tuple[x509.CertificateSigningRequest, x509.CertificateSigningRequest]:
-    """(tls, sign). Raises Refused `ca.request`, `identity.weak_key`; UsageError `json.invalid`, `config.invalid`."""
-    request = validate(_Request, parse(data, limit=2**16))
-    try:
-        tls, sign = (x509.load_pem_x509_csr(pem.encode()) for pem in (request.tls, request.sign))
-    except ValueError as e:
-        raise _bad_request("it does not hold two PEM signing requests") from e
-    if (not isinstance(public_key(tls), ec.EllipticCurvePublicKey)
-            or not isinstance(public_key(sign), ed25519.Ed25519PublicKey)):
-        raise _bad_request("its keys are not P-256 for TLS and Ed25519 for signatures")
-    if not (tls.is_signature_valid and sign.is_signature_valid):
-        raise _bad_request("it does not prove that the applicant holds the keys")
-    if tls.subject != sign.subject:
-        raise _bad_request("its two parts have different subjects")
-    return tls, sign
-
-
 def _check_owner(index: _Index, name: str, organisation: str, role: Role,
                  requests: tuple[x509.CertificateSigningRequest, ...]) -> None:
     """One name, one organisation and role; one key, one name; no revoked key again."""
@@ -291,56 +275,6 @@ def _check_owner(index: _Index, name: str, organisation: str, role: Role,
         if keys & known and (record.name != name or record.revoked is not None):
             raise Refused("ca.key_reused", "A key of the request was certified under another name, or revoked.",
                           "Make new keys with `fl-client enroll`.")
-
-
-def _alternative_names(role: Role, hosts: Sequence[str]) -> list[x509.GeneralName]:
-    if bool(hosts) != (role is Role.COORDINATOR):
-        raise UsageError("ca.hosts", "Host names belong to a coordinator, and a coordinator needs one.",
-                         "Give --host for the role coordinator only.")
-    names: list[x509.GeneralName] = []
-    for host in hosts:
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(host)))
-        except ValueError as e:
-            if not _DNS.fullmatch(host):
-                raise UsageError("ca.hosts", "A host is neither a lower-case DNS name nor an IP address.",
-                                 "Give a host such as fl.example.org or 192.0.2.7.") from e
-            names.append(x509.DNSName(host))
-    return names
-
-
-def _leaf_builder(who: x509.Name, key: PublicKey, ca: x509.Certificate, until: datetime) -> x509.CertificateBuilder:
-    return (_builder(who, key, ca.subject, public_key(ca), min(until, ca.not_valid_after_utc))
-            .add_extension(x509.BasicConstraints(False, None), critical=True)
-            .add_extension(_key_usage(ca=False), critical=True))
-
-
-def _ca_builder(name: x509.Name, key: ec.EllipticCurvePublicKey, issuer: x509.Name,
-                issuer_key: ec.EllipticCurvePrivateKey, until: datetime, path_length: int) -> x509.CertificateBuilder:
-    return (_builder(name, key, issuer, issuer_key.public_key(), until)
-            .add_extension(x509.BasicConstraints(True, path_length), critical=True)
-            .add_extension(_key_usage(ca=True), critical=True))
-
-
-def _builder(name: x509.Name, key: PublicKey, issuer: x509.Name, issuer_key: PublicKey,
-             until: datetime) -> x509.CertificateBuilder:
-    return (x509.CertificateBuilder().subject_name(name).issuer_name(issuer).public_key(key)
-            .serial_number(x509.random_serial_number()).not_valid_before(_now() - BACKDATE).not_valid_after(until)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key), critical=False))
-
-
-def _key_usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(digital_signature=True, content_commitment=False, key_encipherment=False,
-                         data_encipherment=False, key_agreement=False, key_cert_sign=ca, crl_sign=ca,
-                         encipher_only=False, decipher_only=False)
-
-
-def _ca_name(organisation: str, role: Role | None = None) -> x509.Name:
-    parts = [x509.NameAttribute(NameOID.ORGANIZATION_NAME, organisation)]
-    if role is not None:
-        parts.append(x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, role))
-    return x509.Name([*parts, x509.NameAttribute(NameOID.COMMON_NAME, f"consilo {role or 'root'} CA")])
 
 
 def _issuer(folder: Path, role: Role) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
@@ -375,10 +309,10 @@ def _save(folder: Path, index: _Index) -> None:
     FileLayer().write_atomic(folder / "index.json", canonical(index.model_dump(mode="json")))
 
 
-def _until(days: int) -> datetime:
+def _validity(days: int) -> tuple[datetime, datetime]:
     if not 1 <= days <= 7300:
         raise UsageError("ca.days", "The validity is not 1 to 7300 days.", "Give --days in that range.")
-    return _now() + timedelta(days=days)
+    return _now() - BACKDATE, _now() + timedelta(days=days)
 
 
 def _now() -> datetime:
@@ -391,10 +325,6 @@ def _pem(cert: x509.Certificate) -> bytes:
 
 def _key_id(key: PublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-
-
-def _bad_request(why: str) -> Refused:
-    return Refused("ca.request", f"The request is refused: {why}.", "Make it anew with `fl-client enroll`.")
 
 
 def _bad_roster(why: str) -> CheckFailed:

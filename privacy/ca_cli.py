@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from privacy import ca
+from privacy import ca, ca_enrol
 from privacy.cli_edge import emit, run
-from privacy.files import FileLayer, read_file
+from privacy.errors import UsageError
+from privacy.files import FileLayer, read_file, write_private
 from privacy.identity import Role, TrustStore
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The consortium's certificate authority.")
@@ -28,18 +29,43 @@ def init_command(folder: Folder,
          f"CA made in {folder}. Tell every member this fingerprint by another way (ca.sha256):\n{root}")
 
 
+@app.command("token")
+def token_command(folder: Folder,
+                  name: Annotated[str, typer.Option("--name", help="The site, such as hospital-a.")],
+                  organisation: Annotated[str, typer.Option("--organisation", help="Its organisation.")],
+                  out: Annotated[Path, typer.Option("--out", help="New file for the token, which is secret.")],
+                  days: Annotated[int, typer.Option("--days", help="Until when it can be used.")] = 7,
+                  as_json: Json = False) -> None:
+    """Make a token with which one site enrols, once; hand the file over by a way that the coordinator can't read."""
+    token, expires = ca_enrol.make_token(folder, name, organisation, days=days)
+    write_private(out, token.text())
+    emit({"token": token.id, "name": name, "expires": expires.isoformat(), "out": str(out)}, as_json,
+         f"Token {token.id} for {name}, until {expires:%Y-%m-%d %H:%M} UTC: {out}")
+
+
 @app.command("issue")
 def issue_command(folder: Folder,
-                  request: Annotated[Path, typer.Option("--request", help="The applicant's request.json.")],
-                  role: Annotated[Role, typer.Option("--role", help="What the applicant may be.")],
+                  request: Annotated[Path | None, typer.Option(
+                      "--request", help="The applicant's request.json, carried by a way that you trust.")] = None,
+                  enrolment: Annotated[Path | None, typer.Option(
+                      "--enrolment", help="In place of --request: what came through the coordinator.")] = None,
+                  role: Annotated[Role | None, typer.Option("--role", help="With --request: what it may be.")] = None,
                   host: Annotated[list[str] | None, typer.Option("--host", help="Host of a coordinator.")] = None,
                   days: Annotated[int, typer.Option("--days", help="Validity.")] = 365,
                   as_json: Json = False) -> None:
-    """Certify a request; check by another way that it comes from whom it names."""
-    issued = ca.issue(folder, read_file(request), role, days=days, hosts=host or ())
-    emit({"name": issued.name, "organisation": issued.organisation, "role": role, "folder": str(issued.folder),
+    """Certify a request. Check by another way that a --request comes from whom it names; an --enrolment proves it."""
+    if request is not None and role is not None and enrolment is None:
+        issued = ca.issue(folder, read_file(request), role, days=days, hosts=host or ())
+        what = issued.folder
+    elif enrolment is not None and request is None and role is None:
+        issued = ca_enrol.issue(folder, read_file(enrolment), days=days, hosts=host or ())
+        what = issued.folder / ca_enrol.ANSWER
+    else:
+        raise UsageError("cli.usage", "Neither --request with --role was given, nor --enrolment without them.",
+                         "Give one of the two.")
+    emit({"name": issued.name, "organisation": issued.organisation, "role": issued.role, "folder": str(issued.folder),
           "tls": issued.tls_fingerprint, "sign": issued.sign_fingerprint}, as_json,
-         f"Certified {issued.name} ({issued.organisation}) as {role}. Hand over the folder {issued.folder}")
+         f"Certified {issued.name} ({issued.organisation}) as {issued.role}. Hand over {what}")
 
 
 @app.command("revoke")

@@ -191,17 +191,24 @@ def create_request(folder: Path, name: str, organisation: str) -> bytes:
 
     Raises Refused `key.exists`; UsageError `identity.name`.
     """
-    who = subject(name, organisation)
+    subject(name, organisation)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     tls, sign = ec.generate_private_key(ec.SECP256R1()), ed25519.Ed25519PrivateKey.generate()
     write_private(folder / "tls.key", key_pem(tls))
     write_private(folder / "sign.key", key_pem(sign))
-    builder = x509.CertificateSigningRequestBuilder().subject_name(who)
-    requests = {"tls": builder.sign(tls, hashes.SHA256()), "sign": builder.sign(sign, None)}
-    pems = {k: r.public_bytes(serialization.Encoding.PEM).decode() for k, r in requests.items()}
-    data = canonical({"schema_version": REQUEST_SCHEMA, **pems})
+    data = make_request(name, organisation, tls, sign)
     FileLayer().write_atomic(folder / "request.json", data)
     return data
+
+
+def make_request(name: str, organisation: str, tls: ec.EllipticCurvePrivateKey,
+                 sign: ed25519.Ed25519PrivateKey) -> bytes:
+    """Two signing requests under one subject, each signed by its key, as canonical JSON. Raises UsageError
+    `identity.name`."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(subject(name, organisation))
+    requests = {"tls": builder.sign(tls, hashes.SHA256()), "sign": builder.sign(sign, None)}
+    pems = {k: r.public_bytes(serialization.Encoding.PEM).decode() for k, r in requests.items()}
+    return canonical({"schema_version": REQUEST_SCHEMA, **pems})
 
 
 class TrustStore:

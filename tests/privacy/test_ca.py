@@ -115,8 +115,8 @@ def test_planted_without_proof_of_possession_the_swap_gets_in(folder, monkeypatc
     assert not swapped.is_signature_valid
     forged = canonical({**honest, "sign": swapped.public_bytes(serialization.Encoding.PEM).decode()})
     assert code(Refused, ca.issue, folder, forged, Role.SITE) == "ca.request"
-    read = ca._read_request
-    monkeypatch.setattr(ca, "_read_request", lambda data: (read(canonical(honest))[0], swapped))
+    read = ca.read_request
+    monkeypatch.setattr(ca, "read_request", lambda data: (read(canonical(honest))[0], swapped))
     ca.issue(folder, forged, Role.SITE)
 
 
