@@ -29,11 +29,11 @@ bench: $(STAMP)
 	@mkdir -p outputs/bench
 	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
 
-mutate: $(STAMP)
-	@$(BIN)/python tests/secagg/mutate.py
-
 proto: $(STAMP)
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. privacy/control/*.proto
+
+mutate: $(STAMP)
+	@$(BIN)/python tests/secagg/mutate.py
 
 data: $(STAMP)
 	@$(BIN)/fl-simulate fetch minilm

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, TensorRange, Terms
+from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, SignOff, TensorRange, Terms
 
 
 class ModelSettings(Terms):
@@ -59,6 +59,11 @@ class SecAggSettings(Terms):
     ranges: tuple[TensorRange, ...] = Field((), description="public bounds of single tensors, by name or pattern")
 
 
+class ContractSettings(Terms):
+    days: int = Field(90, ge=1, le=3660, description="a contract expires so long after it was made")
+    sign_off: tuple[SignOff, ...] = Field((), description="who agreed to the purpose: DPO, ethics board")
+
+
 class SiteSettings(Terms):
     name: Name = "site"
     url: str = "https://localhost:8443"
@@ -69,10 +74,13 @@ class SiteSettings(Terms):
     keys: str = "keys"
     certificates: str = "certificates"
     contract: str = "contract.json"
+    signature: str = Field("contract.signature.json", description="the engineer's, on the contract")
     policy: str = "policy.yaml"
     state: str = "state"
     other_lineages: tuple[str, ...] = Field((), description="state folders of this site's other data lineages")
     threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
+    proxy: str | None = Field(None, description="HTTP CONNECT proxy; null: that of the environment (HTTPS_PROXY)")
+    proxy_ca: str | None = Field(None, description="CA of the proxy's own certificate, for an https:// proxy; PEM file")
 
 
 class ServerSettings(Terms):
@@ -83,6 +91,7 @@ class ServerSettings(Terms):
     certificates: str = "certificates"
     roster: str = "roster.json"
     contract: str = "contract.json"
+    signature: str = "contract.signature.json"
     out: str = "outputs/run"
     wait_s: float = Field(600.0, gt=0, description="for all sites to be online")
     deadline_s: float = Field(600.0, gt=0, description="of the training stage")
@@ -92,6 +101,7 @@ class ServerSettings(Terms):
 
 class Settings(Terms):
     purpose: str = "private federated fine-tuning"
+    contract: ContractSettings = ContractSettings()
     seed: int = Field(0, ge=0, lt=2**32)
     model: ModelSettings
     data: DataSettings

@@ -7,21 +7,25 @@ import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from conf.settings import Settings, SiteSettings
 from fl_client import lineage
+from fl_client.approval import approved
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept, load_policy
 from fl_client.round import SiteRound
+from fl_client.sandbox import Sandbox
 from fl_client.supervisor import TrainerProcess
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
-from privacy.identity import FileSigner, Signer, TrustStore
+from privacy.identity import FileSigner, Peer, Signer, TrustStore
 from privacy.ledger import Ledger
 from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
+from privacy.signing import check_signature
 from strategies.records import load_records
 
 log = logging.getLogger("consilo.agent")
@@ -29,16 +33,18 @@ TRAIN_LIMIT_S = 3600.0
 LEDGER, TAGS = "ledger.jsonl", "lineage.tags"
 
 
-def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> None:
-    """Compare the contract with the policy and this site's certificate; a refusal is recorded in the site's ledger.
+def compare(contract: Contract, site: str, policy: SitePolicy, signer: Signer) -> None:
+    """Raises Refused `contract.certificate`, and as `policy.accept`."""
+    accept(contract, site, policy)
+    if signer.fingerprint != contract.site(site).signer:
+        raise Refused("contract.certificate", "The contract names another certificate for this site.",
+                      "Ask for a contract with this site's current certificate.")
 
-    Raises Refused `policy.<what>`, `contract.certificate`, `contract.epsilon`, `data.floor`.
-    """
+
+def consider(contract: Contract, site: str, policy: SitePolicy, signer: Signer, folder: Path) -> None:
+    """`compare`, with a refusal recorded in the site's ledger."""
     try:
-        accept(contract, site, policy)
-        if signer.fingerprint != contract.site(site).signer:
-            raise Refused("contract.certificate", "The contract names another certificate for this site.",
-                          "Ask for a contract with this site's current certificate.")
+        compare(contract, site, policy, signer)
     except ConsiloError as e:
         path = folder / LEDGER
         if e.code in REFUSALS and path.exists() and path.stat().st_size:
@@ -120,18 +126,42 @@ def register_data(settings: Settings) -> None:
         lineage.register(ledger, Path(site.state) / TAGS, find_tags(contract, site), policy.approver)
 
 
+@dataclass(frozen=True)
+class Papers:
+    """What a site decides on: the contract, who signed it, the policy, and with which identity it answers."""
+
+    contract: Contract
+    engineer: Peer
+    policy: SitePolicy
+    signer: FileSigner
+    trust: TrustStore
+
+    @classmethod
+    def load(cls, site: SiteSettings, *, record: bool = True) -> Papers:
+        """Read and check everything that isn't data or model. record: a refusal is an event of the ledger.
+
+        Raises as `consider` and `check_signature` do."""
+        contract, policy = load_contract(read_file(Path(site.contract))), load_policy(Path(site.policy))
+        certificates, state = Path(site.certificates), Path(site.state)
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        signer = FileSigner(Path(site.keys) / "sign.key", certificates / "sign.pem")
+        trust = TrustStore.load(certificates / "trust")
+        engineer = check_signature(read_file(Path(site.signature)), contract, trust)
+        if record:
+            consider(contract, site.name, policy, signer, state)
+        else:
+            compare(contract, site.name, policy, signer)
+        return cls(contract, engineer, policy, signer, trust)
+
+
 class Agent:
     """One contract at one site. Everything that may be refused is refused here, before the coordinator is spoken to."""
 
     def __init__(self, settings: Settings) -> None:
         site = settings.site
-        self.contract = load_contract(read_file(Path(site.contract)))
-        policy = load_policy(Path(site.policy))
-        certificates, state = Path(site.certificates), Path(site.state)
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        signer = FileSigner(Path(site.keys) / "sign.key", certificates / "sign.pem")
-        approve(self.contract, site.name, policy, signer, state)
-        trust = TrustStore.load(certificates / "trust")
+        papers, state = Papers.load(site), Path(site.state)
+        self.contract, policy, signer = papers.contract, papers.policy, papers.signer
+        approval = approved(self.contract, site.name, policy, signer, state)
         with ExitStack() as held:  # what was opened is given back if anything is refused
             journal = SiteJournal(state / "rounds.jsonl")
             held.callback(journal.close)
@@ -141,12 +171,14 @@ class Agent:
                                   others=[Path(folder) / TAGS for folder in site.other_lineages])
             if ledger is not None:
                 held.callback(ledger.close)
-            trainer = TrainerProcess(_request(self.contract, settings, ledger), limit_s=TRAIN_LIMIT_S)
+            trainer = TrainerProcess(_request(self.contract, settings, ledger), limit_s=TRAIN_LIMIT_S,
+                                     sandbox=sandbox(site, policy))
             held.callback(trainer.close)
             if ledger is not None:  # only now: a site that can't train must not hold its budget for this job
                 encumber(ledger, self.contract, site.name, policy)
             self.round = SiteRound(self.contract, site.name, trainer=trainer, policy=policy, signer=signer,
-                                   check_certificate=certificate_check(trust), journal=journal, ledger=ledger)
+                                   check_certificate=certificate_check(papers.trust), journal=journal, ledger=ledger,
+                                   approval=approval)
             self._site, self._held = site, held.pop_all()
 
     def run(self, stop: threading.Event) -> None:
@@ -155,7 +187,8 @@ class Agent:
 
         site: SiteSettings = self._site
         link = FleetLink(site.url, Path(site.certificates) / "tls.pem", Path(site.keys) / "tls.key",
-                         Path(site.certificates) / "trust" / "issuing-coordinator.pem")
+                         Path(site.certificates) / "trust" / "issuing-coordinator.pem", proxy=site.proxy,
+                         proxy_ca=Path(site.proxy_ca) if site.proxy_ca else None)
         try:
             link.run(build_app(self.round.handlers()), None, stop, between=self.round.expire)
         finally:
@@ -164,6 +197,11 @@ class Agent:
     def close(self) -> None:
         """End the trainer, give ledger and journal back."""
         self._held.close()
+
+
+def sandbox(site: SiteSettings, policy: SitePolicy) -> Sandbox:
+    """The trainer's: it must not reach what makes this site's signatures and ledger."""
+    return Sandbox(required=policy.required_walls, hidden=(site.keys, site.state))
 
 
 def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> dict[str, str | int]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -82,6 +82,45 @@ def register_command(
     cli_edge.emit({"registered": True}, as_json, "Registered, and recorded in the ledger.")
 
 
+@app.command("approve")
+def approve_command(
+        overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,
+        approver: Annotated[str, typer.Option("--approver", help="Who agrees; default: the policy's.")] = "",
+        yes: Annotated[bool, typer.Option("--yes", help="Approve without asking.")] = False,
+        as_json: Json = False) -> None:
+    """Show what a contract means for this site, in plain words, and record that it is agreed to. Nothing is spent."""
+    from conf import load_settings
+    from fl_client.agent import LEDGER, Papers
+    from fl_client.approval import approve, describe, summary
+
+    site = load_settings(overrides or []).site
+    papers = Papers.load(site)
+    text = describe(papers.contract, site.name, papers.policy, engineer=papers.engineer.name,
+                    ledger=summary(Path(site.state) / LEDGER, papers.signer))
+    typer.echo(text, err=as_json)
+    if not yes and not typer.confirm(f"Approve it for {site.name}?", err=True):
+        cli_edge.emit({"approved": False}, as_json, "Not approved; nothing was recorded.")
+        raise typer.Exit(3)
+    approve(papers.contract, site.name, papers.policy, papers.signer, Path(site.state),
+            approver=approver or papers.policy.approver)
+    cli_edge.emit({"approved": True, "contract": papers.contract.digest}, as_json, "Approved, and recorded.")
+
+
+@app.command("doctor")
+def doctor_command(overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,
+                   as_json: Json = False) -> None:
+    """Check all that this site needs to run: keys, clock, route, disk, device, sandbox, contract, model, data, budget."""
+    from conf import load_settings
+    from fl_client.doctor import Doctor
+
+    found = list(Doctor(load_settings(overrides or [])).examine())
+    cli_edge.emit({"ok": all(f.ok for f in found), "checks": [asdict(f) for f in found]}, as_json, "\n".join(
+        f"{'ok  ' if f.ok else 'FAIL'} {f.name:<13} {f.detail}" + (f"\n     {f.code}. Mend: {f.mend}" if f.code else "")
+        for f in found))
+    if not all(f.ok for f in found):
+        raise typer.Exit(1)
+
+
 @app.command("run")
 def run_command(
         overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. site.data=mine.csv")] = None,
@@ -89,16 +128,18 @@ def run_command(
     """Accept the contract against this site's policy, then serve the coordinator until stopped."""
     from conf import load_settings
     from fl_client.agent import Agent
+    from fl_client.logs import audit, configure
     from privacy import guard
 
     guard.check()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
-    logging.getLogger("consilo").setLevel(logging.INFO)
-    stop = threading.Event()
+    settings, stop = load_settings(overrides or []), threading.Event()
+    configure(Path(settings.site.state))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    agent = Agent(load_settings(overrides or []))
+    agent = Agent(settings)
+    audit("start", contract=agent.contract.digest)
     agent.run(stop)
+    audit("stop")
     cli_edge.emit({"stopped": True}, as_json, "stopped")
 
 

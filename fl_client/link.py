@@ -197,7 +197,7 @@ class FleetLink:
                 node=self._node, messages_list=[message_to_proto(envelope)], message_object_trees=[tree],
                 clientapp_runtime_list=[0.0]))
 
-        if not set(todo.objects_to_push) <= objects.keys():
+        if objects and not set(todo.objects_to_push) <= objects.keys():
             raise ValueError("an object is asked for that isn't part of the answer")
 
         def push(object_id: str) -> None:

@@ -9,19 +9,22 @@ from pathlib import Path
 
 from pydantic import Field
 
+from fl_client.sandbox import Wall
 from privacy.accountant import Release, epsilon, round_up
 from privacy.canonical import digest
 from privacy.contract import Contract, Terms, validate
 from privacy.errors import Refused, UsageError
 from privacy.files import read_file
+from privacy.predicates import Person
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort
+from privacy.signing import code_digest
 
 
 class SitePolicy(Terms):
     """Written by the site, as YAML. Defaults are the strict ones."""
 
-    approver: str = Field(min_length=1, max_length=200, description="who answers for accepting contracts")
+    approver: Person = Field(description="who answers for accepting contracts")
     max_epsilon: float = Field(8.0, gt=0, description="cap of the lineage, for the life of the data")
     max_delta: float = Field(1e-5, gt=0, lt=1)
     min_sigma: float = Field(0.5, ge=0)
@@ -29,9 +32,12 @@ class SitePolicy(Terms):
     min_weight_ratio: float = Field(0.1, gt=0, le=1, description="least weight of a site relative to the largest one: "
                                     "a site whose peers weigh nothing isn't hidden among them")
     colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
+    required_walls: tuple[Wall, ...] = Field((), description="walls around the trainer without which nothing is trained: "
+                                             "network, files, limits (docs/sandbox.md)")
     rules: tuple[str, ...] = ("ffa", "fedit")
     units: tuple[str, ...] = ("record", "person")
     allow_non_private: bool = False
+    sign_off: bool = Field(False, description="true: the contract must name who signed off its purpose (DPO, ethics board)")
     reveal_update: bool = Field(False, description="true: single updates may be visible to the coordinator")
 
     @property
@@ -51,8 +57,15 @@ def load_policy(path: Path) -> SitePolicy:
 
 
 def accept(contract: Contract, site: str, policy: SitePolicy) -> None:
-    """Raises Refused `policy.<what>`, naming the limit; nothing was spent by then."""
+    """Compare with the policy, the installed code and the clock. Raises Refused `policy.<what>`, naming the limit,
+    `contract.code`, `contract.epsilon`, `contract.expired`, `data.floor`, `secagg.*`; nothing was spent by then."""
     terms, privacy = contract.site(site), contract.privacy
+    contract.check_expiry()
+    if contract.code != code_digest():
+        raise Refused("contract.code", "The contract names other code than is installed here.",
+                      f"Install the release that it names (version {contract.code_version}), or ask for another contract.")
+    if policy.sign_off and not contract.sign_off:
+        raise _refuse("sign_off", "Nobody has signed off the contract's purpose.", "sign_off")
     if privacy.trust == "none" and not policy.allow_non_private:
         raise _refuse("non_private", "The contract trains without privacy.", "allow_non_private")
     if privacy.epsilon is not None:

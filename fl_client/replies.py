@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from fl_client.app import Handler, Reply, StageRefused, Vector
 from fl_client.exit import Outgoing, unwrap
+from fl_client.logs import audit
 from privacy.canonical import labelled_hash
 from privacy.errors import Aborted, ConsiloError, SiteCode
 
@@ -41,6 +42,7 @@ class Replies:
             try:
                 reply = unwrap(handler(body, arrays))
             except StageRefused as e:
+                audit(name, answer=e.code.value, asked=key.hex())
                 self._on_refusal(e.code)
                 raise
             except ConsiloError as e:
@@ -48,8 +50,10 @@ class Replies:
                 if isinstance(e, Aborted):
                     self._on_abort()
                 code = CODES.get(e.code, SiteCode.SECAGG if isinstance(e, Aborted) else SiteCode.FAILED)
+                audit(name, answer=code.value, cause=e.code, asked=key.hex())
                 self._on_refusal(code)
                 raise StageRefused(code) from e
+            audit(name, answer="done", asked=key.hex())
             self._stored[name] = (key, reply)
             return reply
 

@@ -33,6 +33,7 @@ from privacy.secagg.messages import Ring
 from privacy.secagg.peers import CheckCertificate
 from privacy.secagg.plain import PlainSite
 from privacy.secagg.site import SiteSession
+from privacy.signing import Approval
 from strategies.adapter import adapter_digest, initial
 
 B = TypeVar("B", bound=Terms)
@@ -45,10 +46,11 @@ class SiteRound:
     """All that one site does for one accepted contract. ledger: None exactly when trust is none."""
 
     def __init__(self, contract: Contract, site: str, *, trainer: Trainer, policy: SitePolicy, signer: Signer,
-                 check_certificate: CheckCertificate, journal: SiteJournal, ledger: Ledger | None) -> None:
+                 check_certificate: CheckCertificate, journal: SiteJournal, ledger: Ledger | None,
+                 approval: Approval) -> None:
         self.contract, self.site, self._trainer, self._policy = contract, site, trainer, policy
         self._signer, self._check_certificate = signer, check_certificate
-        self._journal, self._ledger = journal, ledger
+        self._journal, self._ledger, self._approval = journal, ledger, approval
         self._terms = contract.site(site)
         self._index = [s.name for s in contract.sites].index(site)
         start = initial(trainer.spec, contract.lora.seed)
@@ -70,7 +72,8 @@ class SiteRound:
 
     def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         self._asked(body)
-        return Outgoing(System(stages.dump(stages.Acceptance(statement=self._statements.acceptance(self._policy)))))
+        said = self._statements.acceptance(self._policy, self._approval)
+        return Outgoing(System(stages.dump(stages.Acceptance(statement=said))))
 
     def _update(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         """M0 and the adapter in, M1 out; in between the charge, the training and the encoding."""
@@ -139,7 +142,8 @@ class SiteRound:
             raise StageRefused(SiteCode.MODEL)
         if got.adapter != want.adapter:
             raise StageRefused(SiteCode.ADAPTER)
-        if got != want or got.round > self.contract.privacy.rounds or got.attempt > self.contract.privacy.retries:
+        p = self.contract.privacy
+        if got != want or got.round > p.rounds or got.attempt > p.retries or self.contract.expired():
             raise StageRefused(SiteCode.CONTRACT)
 
     def _open(self, offer: tr.Offer) -> SiteSession | PlainSite:

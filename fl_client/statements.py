@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 
 from fl_client.policy import SitePolicy
-from privacy.bundle import KINDS
 from privacy.canonical import decimal
 from privacy.contract import Contract
 from privacy.identity import Signer
 from privacy.ledger import Ledger, check_extract
+from privacy.predicates import KINDS
 from privacy.secagg import transcript as tr
+from privacy.signing import Approval
 from privacy.statements import make
 
 
@@ -20,11 +21,13 @@ class SiteStatements:
     def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None) -> None:
         self._contract, self._site, self._signer, self._ledger = contract, site, signer, ledger
 
-    def acceptance(self, policy: SitePolicy) -> str:
+    def acceptance(self, policy: SitePolicy, approval: Approval) -> str:
+        """approval: who agreed to this contract under this policy, as `check_approval` found it."""
         lineage = (self._ledger.lineage, decimal(self._ledger.cap)) if self._ledger else ("", "")
         return self._make("acceptance", ("contract", self._contract.digest), {
             "lineage": lineage[0], "cap": lineage[1], "delta": decimal(self._contract.site(self._site).delta),
-            "trust": self._contract.privacy.trust, "approver": policy.approver, "policy": policy.digest})
+            "trust": self._contract.privacy.trust, "approver": policy.approver,
+            "approved_by": approval.approver, "approved": approval.approved, "policy": policy.digest, "code": approval.code})
 
     def round(self, offer: tr.Offer, view: bytes, masked: str) -> str:
         """view: T2, or b"" without secure aggregation. masked: hex H(y). It leaves with y, before T3 is known."""

@@ -20,6 +20,7 @@ from privacy.errors import Refused
 from privacy.files import FileLayer, read_file
 from privacy.identity import Role, Signer, TrustStore
 from privacy.secagg.peers import certificate_check
+from privacy.signing import check_signature, envelope
 from strategies.model import build
 
 
@@ -42,17 +43,25 @@ def site_certificates(contract: Contract, roster: Mapping[str, RosterEntry]) -> 
     return out
 
 
-def make_run(settings: Settings, contract: Contract, exchange: Exchange, *, signer: Signer, trust: Path,
+def make_run(settings: Settings, contract: Contract, exchange: Exchange, *, signer: Signer, trust: Path, signature: bytes,
              certificates: Mapping[str, Certificate], progress: Progress) -> Run:
-    """trust: the folder with root.pem and issuing-<role>.pem. Writes under settings.server.out."""
+    """trust: the folder with root.pem and issuing-<role>.pem. signature: the engineer's, on the contract. Writes under
+    settings.server.out. Raises as `check_signature` does."""
+    engineer = check_signature(signature, contract, TrustStore.load(trust))
     server, folder = settings.server, Path(settings.server.out)
     folder.mkdir(parents=True, exist_ok=True)
     FileLayer().write_atomic(folder / "contract.json", contract.to_bytes())
     pems = {name: c.public_bytes(Encoding.PEM) for name, c in certificates.items()}
     pems[server.name] = signer.certificate.public_bytes(Encoding.PEM)
-    issuing = {str(role): read_file(trust / f"issuing-{role}.pem") for role in (Role.SITE, Role.COORDINATOR)}
+    if len({*pems, engineer.name}) != len(pems) + 1:
+        raise Refused("contract.certificate", "The engineer has the name of a site or of the coordinator.",
+                      "Have the CA issue certificates under names of their own.")
+    pems[engineer.name] = engineer.certificate.public_bytes(Encoding.PEM)
+    roles = (Role.SITE, Role.COORDINATOR, Role.ENGINEER)
+    issuing = {str(role): read_file(trust / f"issuing-{role}.pem") for role in roles}
     bundle = BundleWriter(folder / "evidence", contract.run, contract.to_bytes(), read_file(trust / "root.pem"),
                           issuing, pems)
+    bundle.add_statement("contract", engineer.name, envelope(signature))
     model = build(Path(settings.model.path), contract)
     split = PublicSplit(model, contract, settings.data.evaluation)
     return Run(contract, model, settings.model.name, split, exchange, name=server.name, signer=signer, bundle=bundle,

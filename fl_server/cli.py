@@ -34,6 +34,26 @@ def create_command(out: Annotated[Path, typer.Option("--out", help="Where to wri
     cli_edge.emit({"contract": contract.digest, "run": contract.run}, as_json, f"{out}: contract {contract.digest}")
 
 
+@contract_app.command("sign")
+def sign_command(contract: Annotated[Path, typer.Argument(help="The contract, as create wrote it.")],
+                 keys: Annotated[Path, typer.Option("--keys", help="Folder of the engineer's keys.")],
+                 certificates: Annotated[Path, typer.Option("--certificates", help="Folder of its certificates.")],
+                 out: Annotated[Path, typer.Option("--out", help="Where to write the signature.")],
+                 as_json: Json = False) -> None:
+    """Sign a contract as its engineer; sites refuse one that nobody of the consortium's engineers has signed."""
+    from privacy.contract import load_contract
+    from privacy.files import FileLayer, read_file
+    from privacy.identity import FileSigner, TrustStore
+    from privacy.signing import check_signature, sign_contract
+
+    agreed = load_contract(read_file(contract))
+    data = sign_contract(agreed, FileSigner(keys / "sign.key", certificates / "sign.pem"))
+    engineer = check_signature(data, agreed, TrustStore.load(certificates / "trust"))
+    FileLayer().write_atomic(out, data)
+    cli_edge.emit({"contract": agreed.digest, "engineer": engineer.name}, as_json,
+                  f"{out}: contract {agreed.digest} signed by {engineer.name}")
+
+
 @app.command("run")
 def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
     """Listen for the contract's sites, run its rounds, write adapter, metrics, evidence and report."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from conf.settings import Settings
@@ -22,6 +23,7 @@ from privacy.errors import UsageError
 from privacy.mechanism import default_delta
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort, least_survivors, least_threshold
+from privacy.signing import code_digest
 from strategies.model import folder_digests
 from strategies.optimizers import optimizer
 from strategies.records import public_labels
@@ -45,15 +47,21 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
     weights, tokenizer = folder_digests(Path(settings.model.path))
     model = settings.model
     contract = Contract(
-        run=secrets.token_hex(16), purpose=settings.purpose, code_version=__version__,
+        run=secrets.token_hex(16), purpose=settings.purpose, sign_off=settings.contract.sign_off,
+        expires=_expiry(settings.contract.days), code_version=__version__, code=code_digest(),
         model=ModelTerms(weights=weights, tokenizer=tokenizer, pooling=model.pooling, scale=model.scale,
                          max_length=model.max_length),
-        data=DataTerms(name=settings.data.name, labels=_labels(settings), floor=settings.data.floor),
+        data=DataTerms(name=settings.data.name, labels=_labels(settings), floor=settings.data.floor,
+                       fields=("text", "label", "person") if settings.privacy.unit == "person" else ("text", "label")),
         lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,
         privacy=_privacy(settings), secagg=_secagg(settings, len(names)),
         sites=tuple(_site(settings, name, signers[name]) for name in names))
     sites = tuple(s.model_copy(update={"sigma": _sigma(settings, contract, s)}) for s in contract.sites)
     return validate(Contract, contract.model_copy(update={"sites": sites}).model_dump(mode="json"))
+
+
+def _expiry(days: int) -> str:
+    return (datetime.now(UTC) + timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _privacy(settings: Settings) -> PrivacyTerms:

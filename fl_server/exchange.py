@@ -131,12 +131,15 @@ class Exchange:
         nodes = set(self._grid.get_node_ids())
         return {site for site, node in self._nodes.items() if node in nodes}
 
-    def wait_online(self, sites: Collection[str], deadline_s: float) -> set[str]:
-        """Wait until all of `sites` are online, at most `deadline_s` seconds; returns those that are."""
-        end = time.monotonic() + deadline_s
-        while not (there := self.online()).issuperset(sites) and time.monotonic() < end:
+    def wait_online(self, sites: Collection[str], deadline_s: float, least: int | None = None) -> set[str]:
+        """Wait until all of `sites` are online, at most `deadline_s` seconds, and no longer than `GONE_S` once `least` of
+        them are; returns those that are."""
+        end, enough = time.monotonic() + deadline_s, least
+        while len(there := self.online().intersection(sites)) < len(sites) and time.monotonic() < end:
+            if enough is not None and len(there) >= enough:
+                end, enough = min(end, time.monotonic() + GONE_S), None
             time.sleep(0.05)
-        return there.intersection(sites)
+        return there
 
     def close(self) -> None:
         self._grid.close()

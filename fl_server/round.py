@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note
 from privacy import stages
-from privacy.bundle import KINDS, Predicate, RoundSite
 from privacy.canonical import parse
 from privacy.contract import Contract, validate
 from privacy.errors import Aborted, CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import fingerprint
+from privacy.predicates import KINDS, Predicate, RoundSite
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import M5, Ring, dump, load
@@ -133,7 +133,7 @@ class RoundDriver:
         return PlainCoordinator(offer)
 
     def _online(self) -> list[str]:
-        online = self._exchange.online()
+        online = self._exchange.wait_online(self._names, self._deadlines.stage_s, self.contract.secagg.survivors)
         self.lost += [Lost(name, "update", UNREACHABLE) for name in self._names if name not in online]
         return [name for name in self._names if name in online]
 

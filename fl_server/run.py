@@ -23,12 +23,13 @@ from fl_server.journal import RunJournal
 from fl_server.model_card import write_card
 from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
 from privacy import stages
-from privacy.bundle import KINDS, Acceptance, BundleWriter, Closing
+from privacy.bundle import BundleWriter
 from privacy.canonical import decimal, parse
 from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import Signer
 from privacy.ledger import check_extract
+from privacy.predicates import KINDS, Acceptance, Closing
 from privacy.secagg.peers import CheckCertificate
 from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
@@ -115,8 +116,10 @@ class Run:
             try:
                 envelope = validate(stages.Acceptance, parse(answers[name].note.body)).statement.encode()
                 said = statement(Acceptance, envelope, self._certificates[name])
-                if (said.site, said.run, said.contract) != (name, self.contract.run, self.contract.digest):
-                    raise CheckFailed("round.statement", "An acceptance is about another contract.", "Ask that site.")
+                if (said.site, said.run, said.contract, said.code) != (
+                        name, self.contract.run, self.contract.digest, self.contract.code):
+                    raise CheckFailed("round.statement", "An acceptance is about another contract, or other code.",
+                                      "Ask that site.")
             except ConsiloError as e:
                 raise void(e.code, {name: e.code}) from e
             self._bundle.add_statement("acceptance", name, envelope)
@@ -136,7 +139,6 @@ class Run:
                 voids, attempt = voids + 1, attempt + 1
                 if voids > self.contract.privacy.retries:
                     raise
-                self._exchange.wait_online(self._names, self._deadlines.stage_s)
 
     def _save(self, round_no: int, old: Tensors, new: Tensors, mean: Mean) -> None:
         """Adapter on disk first, then the journal's line: from there on the round counts."""

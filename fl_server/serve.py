@@ -44,7 +44,7 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
             trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None) as fleet:
         exchange = Exchange(fleet.grid, fleet.nodes)
         run = make_run(settings, contract, exchange, signer=FileSigner(keys / "sign.key", certificates / "sign.pem"),
-                       trust=trust, certificates=signers, progress=report)
+                       trust=trust, signature=read_file(Path(server.signature)), certificates=signers, progress=report)
         report.say(f"listening on {server.host}:{fleet.port} for {len(signers)} sites")
         there = exchange.wait_online(list(signers), server.wait_s)
         if missing := sorted(set(signers) - there):

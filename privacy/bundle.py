@@ -1,9 +1,9 @@
-"""The run bundle: its layout, what its statements say, and how the folder is written and read.
+"""The run bundle: its layout, and how the folder is written and read.
 
 Guarantees: a writer that was killed goes on with the next number and never overwrites a statement; the same envelope
 added twice is stored once; a sealed bundle is never written again. `read_bundle` follows no link, leaves the folder
 never, reads nothing whose name isn't in the format, and stops at named limits. What it returns is UNVERIFIED; only
-`privacy.verify` turns it into facts. The format is docs/evidence-format.md.
+`privacy.verify` turns it into facts. The format is docs/evidence-format.md; what statements say is `privacy.predicates`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from privacy.canonical import MAX_JSON_BYTES
-from privacy.contract import Name, Sha256
+from privacy.contract import Sha256
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
-from privacy.ledger_records import Number
+from privacy.predicates import Kind, Predicate
+from privacy.predicates import Release as Release
 from privacy.statements import make
 
 MAX_FILES = 50_000  # 100 sites over 400 rounds, with room for void ones
@@ -33,126 +33,15 @@ MAX_BUNDLE_BYTES = 512 * 2**20
 MAX_STATEMENTS = 999_999  # six digits
 
 _NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"
-_STATEMENT = re.compile(rf"statements/(\d{{6}})-(acceptance|round-site|round|closing|release)-({_NAME})\.json")
+_STATEMENT = re.compile(rf"statements/(\d{{6}})-(contract|acceptance|round-site|round|closing|release)-({_NAME})\.json")
 _FIXED = re.compile(rf"manifest\.json|contract\.json|certificates/{_NAME}\.pem|ledgers/{_NAME}\.jsonl")
 FOLDERS = ("certificates", "ledgers", "statements")
-
-Run = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
-Count = Annotated[int, Field(ge=0, lt=2**53)]
-Code = Annotated[str, Field(pattern=r"^[a-z0-9_.]*$", max_length=64)]
-Stage = Literal["update", "shares", "masked", "vote", "unmask"]
-BEFORE_SUM: tuple[Stage, ...] = ("update", "shares", "masked")  # a site that falls out here is not in the sum
-
-
-class Strict(BaseModel):
-    """Unknown keys and mistyped values are refused; numbers are decimal strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Predicate(Strict):
-    """What a statement asserts."""
-
-    run: Run
-    contract: Sha256
-
-
-class Acceptance(Predicate):
-    site: Name
-    lineage: Run | Literal[""]
-    cap: Number | Literal[""] = Field(description="'' exactly when trust is 'none', as every epsilon")
-    delta: Number
-    trust: Literal["local", "none"]
-    approver: str = Field(min_length=1, max_length=200)
-    policy: Sha256
-
-
-class RoundSite(Predicate):
-    site: Name
-    round: int = Field(ge=1, lt=2**31)
-    attempt: Count
-    adapter_in: Sha256
-    view: Sha256 | Literal[""] = Field(description="T2, or '' without secure aggregation")
-    masked: Sha256 = Field(description="SHA-256 of the vector that left")
-    q: Number
-    clip: Number
-    sigma: Number
-    steps: Count
-    n_decl: Count
-    ledger_seq: Count
-    ledger_head: Sha256 | Literal[""]
-    epsilon: Number | Literal[""]
-
-
-class Vote(Strict):
-    site: Name
-    signature: str = Field(pattern=r"^[A-Za-z0-9+/]{85}[AQgw]==$", description="base64 of s7: Ed25519 over T3 and the index")
-
-
-class Dropout(Strict):
-    """A site that did not answer properly at a stage, and why."""
-
-    site: Name
-    stage: Stage
-    code: Code
-
-
-class Round(Predicate):
-    round: int = Field(ge=1, lt=2**31)
-    attempt: Count
-    outcome: Literal["done", "void"]
-    reason: Code
-    sites: list[Name] = Field(max_length=100, description="in the sum, in the contract's order")
-    adapter_in: Sha256
-    adapter_out: Sha256 | Literal[""]
-    view: Sha256 | Literal[""]
-    transcript: Sha256 | Literal[""] = Field(description="T3")
-    votes: list[Vote] = Field(max_length=100)
-    dropped: list[Dropout] = Field(max_length=200)
-
-
-class Closing(Predicate):
-    site: Name
-    lineage: Run
-    records: int = Field(ge=1, lt=2**31)
-    ledger_seq: Count
-    ledger_head: Sha256
-    epsilon: Number
-    delta: Number
-    cap: Number
-
-
-class Release(Predicate):
-    adapter: Sha256
-    rounds: int = Field(ge=1, lt=2**31)
-    metric_name: str = Field(pattern=r"^[a-z0-9_]{1,40}$")
-    metric_before: Number
-    metric_after: Number
-    split: str = Field(max_length=200)
-    units: Count
 
 
 class Manifest(Predicate):
     files: dict[str, Sha256] = Field(max_length=MAX_FILES)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A statement's name in file names, its predicateType, the role that may sign it, and its predicate."""
-
-    name: str
-    predicate_type: str
-    role: str
-    model: type[Predicate]
-
-
-KINDS = {kind.name: kind for kind in (
-    Kind("acceptance", "urn:consilo:acceptance:1", "site", Acceptance),
-    Kind("round-site", "urn:consilo:round-site:2", "site", RoundSite),
-    Kind("round", "urn:consilo:round:2", "coordinator", Round),
-    Kind("closing", "urn:consilo:closing:1", "site", Closing),
-    Kind("release", "urn:consilo:release:1", "coordinator", Release),
-)}
 MANIFEST = Kind("manifest", "urn:consilo:manifest:1", "coordinator", Manifest)
 
 
@@ -246,7 +135,8 @@ class BundleWriter:
                  *, layer: FileLayer | None = None) -> None:
         """Create the folder, or go on with an unsealed one. `issuing_pems` by role, `certificates` by name.
 
-        Raises Refused `bundle.sealed`, `bundle.other_run` (a document there differs), UsageError `bundle.name`."""
+        Raises Refused `bundle.sealed`, `bundle.other_run` (a document there differs), UsageError `bundle.name` (also for a
+        certificate under a name that a CA's has)."""
         self._root, self._run, self._layer = folder, run, layer or FileLayer()
         self._contract_sha256 = hashlib.sha256(contract_bytes).hexdigest()
         if (folder / "manifest.json").exists():
@@ -260,6 +150,8 @@ class BundleWriter:
         for role, pem in issuing_pems.items():
             self._fix(f"certificates/issuing-{role}.pem", pem)
         for name, pem in certificates.items():
+            if name == "root" or name.startswith("issuing-"):
+                raise UsageError("bundle.name", "A party bears the name of a CA.", "Ask the CA to issue another name.")
             self._fix(f"certificates/{name}.pem", pem)
         there = sorted(f"statements/{p.name}" for p in (folder / "statements").iterdir())
         self._known = {hashlib.sha256((folder / name).read_bytes()).hexdigest(): name for name in there}

@@ -6,12 +6,13 @@ its own digests before the first round, and refuses every round whose M0 names a
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from privacy.canonical import canonical, digest, parse
-from privacy.errors import UsageError, nearest
+from privacy.errors import Refused, UsageError, nearest
 from privacy.mechanism import DpMechanism
 
 Suite = Literal["consilo-secagg-2:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"]
@@ -38,6 +39,7 @@ class ModelTerms(Terms):
 
 class DataTerms(Terms):
     name: str = Field(min_length=1, max_length=200)
+    fields: tuple[Literal["text", "label", "person"], ...] = Field(("text", "label"), description="schema of a record")
     labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
     floor: int = Field(50, ge=1, description="least number of units of a site, decided at approval")
 
@@ -118,11 +120,23 @@ class SiteTerms(Terms):
     sigma: float = Field(ge=0, description="noise multiplier, calibrated on rounds + retries")
 
 
+class SignOff(Terms):
+    """Who outside the project agreed to the purpose, and where that is written down."""
+
+    body: str = Field(min_length=1, max_length=60, description="such as DPO, or ethics board")
+    who: str = Field(min_length=1, max_length=200)
+    reference: str = Field(min_length=1, max_length=200)
+
+
 class Contract(Terms):
-    schema_version: Literal["consilo.contract/1"] = "consilo.contract/1"
+    schema_version: Literal["consilo.contract/2"] = "consilo.contract/2"
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     purpose: str = Field(min_length=1, max_length=500)
+    sign_off: tuple[SignOff, ...] = Field((), max_length=16)
+    expires: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     code_version: str
+    code: Sha256 = Field(description="digest of the installed code, the same at every site and the coordinator")
+    metrics: tuple[str, ...] = Field(("accuracy",), min_length=1, max_length=16, description="released, of a public split")
     model: ModelTerms
     data: DataTerms
     lora: LoraTerms
@@ -136,7 +150,18 @@ class Contract(Terms):
         names = [s.name for s in self.sites]
         if len(set(names)) != len(names) or len({s.signer for s in self.sites}) != len(names):
             raise ValueError("two sites share a name or a certificate")
+        if ("person" in self.data.fields) != (self.privacy.unit == "person"):
+            raise ValueError("the schema holds a person exactly when the unit is one")
+        datetime.fromisoformat(self.expires)
         return self
+
+    def expired(self, at: datetime | None = None) -> bool:
+        return (at or datetime.now(UTC)) >= datetime.fromisoformat(self.expires)
+
+    def check_expiry(self, at: datetime | None = None) -> None:
+        """Raises Refused `contract.expired`."""
+        if self.expired(at):
+            raise Refused("contract.expired", f"The contract expired at {self.expires}.", "Ask the engineer for a new one.")
 
     def phases(self) -> tuple[Phase, ...]:
         """The public schedule, one phase if none was given."""

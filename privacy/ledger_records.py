@@ -24,10 +24,10 @@ V1, V2 = "consilo.ledger/1", "consilo.ledger/2"
 ZERO = "0" * 64
 MAX_CLASSES = 16  # mechanisms of one encumbrance, and ways to spend it
 RefusalCode = Literal[
-    "budget.exhausted", "budget.not_encumbered", "contract.certificate", "contract.epsilon", "ledger.mismatch",
-    "policy.cohort", "policy.delta", "policy.epsilon", "policy.non_private", "policy.reveal_update", "policy.rule",
-    "policy.sigma", "policy.unit", "policy.weights", "site.adapter_invalid", "site.budget_exhausted",
-    "site.contract_mismatch", "site.model_mismatch"]
+    "budget.exhausted", "budget.not_encumbered", "contract.certificate", "contract.code", "contract.epsilon",
+    "contract.expired", "ledger.mismatch", "policy.cohort", "policy.delta", "policy.epsilon", "policy.non_private",
+    "policy.reveal_update", "policy.rule", "policy.sigma", "policy.sign_off", "policy.unit", "policy.weights",
+    "site.adapter_invalid", "site.budget_exhausted", "site.contract_mismatch", "site.model_mismatch"]
 REFUSALS: tuple[str, ...] = get_args(RefusalCode)
 Enforced = Literal["pld", "pld+filter"]
 

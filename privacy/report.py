@@ -17,11 +17,11 @@ from typing import Any
 import jinja2
 
 from privacy.accountant import Release, decimal_up, delta_at, epsilon
-from privacy.bundle import BEFORE_SUM, Acceptance, Round, RoundSite
-from privacy.bundle import Release as Released
 from privacy.canonical import canonical
 from privacy.contract import Contract
 from privacy.files import FileLayer
+from privacy.predicates import BEFORE_SUM, Acceptance, ContractSignature, Round, RoundSite
+from privacy.predicates import Release as Released
 from privacy.report_plots import MAX_EPSILON, Charge, spending_plot, trade_off, trade_off_plot
 from privacy.verify import Verdict, examine
 from privacy.verify_trust import Facts
@@ -65,18 +65,27 @@ def _contents(verdict: Verdict, facts: Facts, bundle: Path) -> tuple[dict[str, A
     agreed = facts.contract
     private, hidden = agreed.privacy.trust != "none", agreed.secagg.enabled
     report |= {"title": _titles(private, hidden), "private": private, "secure_aggregation": hidden, "run": agreed.run,
-               "contract": {"digest": agreed.digest, "purpose": agreed.purpose, "code": agreed.code_version,
-                            "data": agreed.data.name, "labels": len(agreed.data.labels), "rule": agreed.rule.name,
-                            "model": agreed.model.weights, "sites": len(agreed.sites), "threshold": agreed.secagg.threshold,
-                            "survivors": agreed.secagg.survivors, "hiding_set": agreed.secagg.survivors - 1,
-                            "suite": agreed.secagg.suite},
+               "contract": _contract(facts, agreed),
                "rounds": _rounds(facts, agreed), "incidents": _incidents(facts, agreed),
-               "approvals": [{"site": a.site, "organisation": facts.peers[a.site].organisation, "approver": a.approver,
-                              "policy": a.policy} for a in facts.said(Acceptance)],
+               "approvals": [{"organisation": facts.peers[a.site].organisation,
+                              **a.model_dump(include={"site", "approved_by", "approved", "approver", "policy", "code"})}
+                             for a in facts.said(Acceptance)],
                "release": [r.model_dump(exclude={"run", "contract"}) for r in facts.said(Released)]}
     if not private:
         return report, {}
     return _with_privacy(report, facts, agreed)
+
+
+def _contract(facts: Facts, agreed: Contract) -> dict[str, Any]:
+    """code: the version that the contract names; code_digest: what every site states to have installed."""
+    engineer = next(facts.peers[e.who] for e in facts.events if isinstance(e.predicate, ContractSignature))
+    return {"digest": agreed.digest, "purpose": agreed.purpose, "expires": agreed.expires,
+            "signed_by": {"name": engineer.name, "organisation": engineer.organisation},
+            "sign_off": [s.model_dump() for s in agreed.sign_off], "metrics": list(agreed.metrics),
+            "code": agreed.code_version, "code_digest": agreed.code, "data": agreed.data.name,
+            "fields": list(agreed.data.fields), "labels": len(agreed.data.labels), "rule": agreed.rule.name,
+            "model": agreed.model.weights, "sites": len(agreed.sites), "threshold": agreed.secagg.threshold,
+            "survivors": agreed.secagg.survivors, "hiding_set": agreed.secagg.survivors - 1, "suite": agreed.secagg.suite}
 
 
 def _titles(private: bool, hidden: bool) -> dict[str, str]:

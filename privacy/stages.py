@@ -17,7 +17,7 @@ class Ask(Terms):
 class Acceptance(Terms):
     """Answer to `accept`."""
 
-    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:acceptance:1")
+    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:acceptance:2")
 
 
 class Masked(Terms):

@@ -5,12 +5,14 @@ The rules, in order. Each is checked even if an earlier one failed; every findin
  0. files         The folder holds the files of the format only: no links, no strange names, sizes within limits.
  1. anchor        The root certificate is the one whose SHA-256 the reader got from the consortium (--ca). Without it
                   the best verdict is UNANCHORED: the bundle agrees with itself, and that is all.
- 2. certificates  Root -> issuing CA of a role -> leaf. Sites and one coordinator; nothing else.
+ 2. certificates  Root -> issuing CA of a role -> leaf. Sites, one coordinator, one engineer; nothing else.
  3. manifest      Signed by the coordinator. Every file is listed with its digest; none is missing, none is extra.
  4. statements    Each is signed by a certificate of the role that its type needs, under its signer's own name, about
                   the subject that it names; numbered without a gap.
- 5. contract      Its digest is in every statement. Its sites and their certificates are those of the bundle. Each
-                  site accepted it. Its threshold and least sum hide a site from a coordinator with one accomplice.
+ 5. contract      Its digest is in every statement. The engineer signed it once, with its purpose and expiry. Its sites
+                  and their certificates are those of the bundle. Each site accepted it, with the code that it names
+                  installed, and approved it before it expired. Its threshold and least sum hide a site from a
+                  coordinator with one accomplice.
  6. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
                   numbered; only the last round may lack a result. All who signed trained with the contract's
                   mechanism and saw the same cohort. No sum is over fewer sites than the contract allows; each site in
@@ -19,10 +21,11 @@ The rules, in order. Each is checked even if an earlier one failed; every findin
  7. ledgers       Each site's hash chain and signatures hold; it is the extract that the site's closing statement
                   names; every attempt that the site signed was reserved, with the contract's mechanism.
  8. epsilon       Recomputed from the reserves of each site: nowhere may a claim be below it, or above the cap.
- 9. release       The released adapter is the one that the last round left.
+ 9. release       The released adapter is the one that the last round left; the metric is one that the contract names.
 
 With trust=none there is no ledger and no epsilon: a claim of one fails. What a signature can't prove: that the noise
-was really drawn, and that a certificate had not been revoked (sites check that while the run goes on).
+was really drawn, that a certificate had not been revoked (sites check that while the run goes on), and when something
+happened: the time of an approval is what the site says.
 
 Hostile input never raises: an error inside a step is a finding with the error's code. Findings quote nothing that
 isn't verified.
@@ -38,7 +41,8 @@ from typing import Any, Literal
 
 from privacy.bundle import RawBundle, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, UsageError
-from privacy.verify_run import contract, epsilons, ledgers, release, rounds
+from privacy.verify_contract import contract
+from privacy.verify_run import epsilons, ledgers, release, rounds
 from privacy.verify_trust import Facts, Findings, anchor, certificates, manifest, statements
 
 MAX_FINDINGS = 12  # of one step that are spelled out; the rest is counted

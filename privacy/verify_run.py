@@ -1,53 +1,23 @@
-"""Verification, rules 5 to 9: whether what was said holds together. Works on `Facts`, never on raw files."""
+"""Verification, rules 6 to 9: whether what was said holds together. Works on `Facts`, never on raw files."""
 
 from __future__ import annotations
 
 from base64 import b64decode
 
 from privacy.accountant import epsilon
-from privacy.bundle import BEFORE_SUM, Acceptance, Closing, Release, Round, RoundSite
 from privacy.canonical import parse
-from privacy.contract import Contract, load_contract
+from privacy.contract import Contract
 from privacy.errors import ConsiloError
-from privacy.identity import Role, verify_signature
+from privacy.identity import verify_signature
 from privacy.ledger import LedgerSummary, check_extract
 from privacy.ledger_records import charge, schedule
+from privacy.predicates import BEFORE_SUM, Acceptance, Closing, Release, Round, RoundSite
 from privacy.secagg import transcript as tr
+from privacy.verify_contract import NON_PRIVATE, VISIBLE
 from privacy.verify_trust import Facts, Findings, Spending
 
 MAX_PREFIXES = 64  # reserves of a site whose claim is recomputed; between them claims can only grow
 ULP = 1e-4  # claims are rounded up at 4 decimals; two machines' FFTs may fall on either side of one
-NON_PRIVATE = "NON-PRIVATE: the contract has trust=none, so no epsilon exists for this run"
-VISIBLE = "INDIVIDUAL UPDATES VISIBLE: secure aggregation was off"
-
-
-def contract(facts: Facts, found: Findings) -> str:
-    data = facts.raw.files.get("contract.json", b"")
-    agreed = load_contract(data)
-    for site in agreed.sites:
-        agreed.plans(site.name)  # every phase is a mechanism that can be
-    if agreed.secagg.enabled:  # else no sum hides a site, even from a coordinator that colludes with but one other
-        tr.check_cohort(len(agreed.sites), agreed.secagg.threshold, agreed.secagg.survivors, n_c=1)
-    if found.expect(agreed.to_bytes() == data, "the contract is not in canonical form"):
-        facts.contract = agreed
-    for event in facts.events:
-        found.expect(event.predicate.contract == agreed.digest, f"{event.path} is bound to another contract")
-        found.expect(event.predicate.run == agreed.run, f"{event.path} belongs to another run")
-    signers = {p.name: p.fingerprint for p in facts.peers.values() if p.role is Role.SITE}
-    found.expect(signers == {s.name: s.signer for s in agreed.sites},
-                 "the sites and their certificates are not those of the contract")
-    accepted = {a.site: a for a in facts.said(Acceptance)}
-    found.expect(len(accepted) == len(facts.said(Acceptance)), "a site accepted twice")
-    for site in agreed.sites:
-        if not found.expect(site.name in accepted, f"{site.name} did not accept the contract"):
-            continue
-        a = accepted[site.name]
-        found.expect(a.trust == agreed.privacy.trust and float(a.delta) == site.delta,
-                     f"{site.name} accepted another kind of privacy, or another delta, than the contract's")
-        found.expect(bool(a.cap) == bool(a.lineage) == (a.trust != "none"),
-                     f"{site.name} names a cap or a lineage without a ledger, or none with one")
-    notes = [NON_PRIVATE] * (agreed.privacy.trust == "none") + [VISIBLE] * (not agreed.secagg.enabled)
-    return "; ".join([f"accepted by all {len(agreed.sites)} sites, and bound into every statement", *notes])
 
 
 def rounds(facts: Facts, found: Findings) -> str:
@@ -264,7 +234,7 @@ def _spending(facts: Facts, agreed: Contract, site: str, ledger: LedgerSummary, 
 
 
 def release(facts: Facts, found: Findings) -> str:
-    facts.agreed()
+    agreed = facts.agreed()
     done = [r for r in facts.said(Round) if r.outcome == "done"]
     released = facts.said(Release)
     if not done:
@@ -273,4 +243,6 @@ def release(facts: Facts, found: Findings) -> str:
     if found.expect(len(released) == 1, "there is not exactly one release"):
         found.expect(released[0].adapter == done[-1].adapter_out, "the released adapter is not the last round's")
         found.expect(released[0].rounds == len(done), "the release counts another number of rounds")
+        found.expect(released[0].metric_name in agreed.metrics,
+                     "the release publishes a metric that the contract doesn't name, so no site agreed to it")
     return f"the adapter is the one that round {done[-1].round} left"

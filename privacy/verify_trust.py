@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from cryptography import x509
 
-from privacy.bundle import (
-    KINDS,
-    MANIFEST,
-    Closing,
-    Kind,
-    Manifest,
-    Predicate,
-    RawBundle,
-    Release,
-    Round,
-    RoundSite,
-    statement_name,
-)
+from privacy.bundle import MANIFEST, Manifest, RawBundle, statement_name
 from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError
 from privacy.identity import Peer, Role, TrustStore, load_certificate
 from privacy.ledger import LedgerSummary
+from privacy.predicates import KINDS, Closing, Kind, Predicate, Release, Round, RoundSite
 from privacy.statements import Statement, open_envelope
 
 P = TypeVar("P", bound=Predicate)
-ROLES = (Role.SITE, Role.COORDINATOR)  # whose statements a run bundle holds
+ROLES = (Role.SITE, Role.COORDINATOR, Role.ENGINEER)  # whose statements a run bundle holds
 
 
 @dataclass(frozen=True)
@@ -109,10 +99,12 @@ def certificates(facts: Facts, found: Findings) -> str:
             continue
         if found.expect(peer.name == name, "a certificate stands under another name than its own"):
             facts.peers[name] = peer
-    found.expect(set(trust.issuing) == set(ROLES), "the issuing CAs are not exactly those of sites and coordinator")
-    coordinators = sum(p.role is Role.COORDINATOR for p in facts.peers.values())
-    found.expect(coordinators == 1, "there is not exactly one coordinator")
-    return f"1 coordinator and {len(facts.peers) - coordinators} sites, each under the CA of its role"
+    found.expect(set(trust.issuing) == set(ROLES),
+                 "the issuing CAs are not exactly those of sites, coordinator and engineer")
+    roles = Counter(p.role for p in facts.peers.values())
+    for role in (Role.COORDINATOR, Role.ENGINEER):
+        found.expect(roles[role] == 1, f"there is not exactly one {role}")
+    return f"1 coordinator, 1 engineer and {roles[Role.SITE]} sites, each under the CA of its role"
 
 
 def _peer(trust: TrustStore, cert: x509.Certificate) -> Peer:

@@ -16,19 +16,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from conf import load_settings
-from conf.settings import Settings
+from conf.settings import Settings, SiteSettings
+from fl_client.agent import Papers
+from fl_client.approval import approve
 from fl_server.contracting import make_contract
 from privacy import ca
 from privacy.canonical import parse
 from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.files import FileLayer, read_file
-from privacy.identity import Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.signing import sign_contract
 from simulations.fetch import fetch
 from simulations.hpo import prepare as prepare_hpo
 from simulations.local import declare_sites
 from simulations.mail import prepare as prepare_mail
 
-MARK = ".consilo-demo"
+MARK, ENGINEER = ".consilo-demo", "engineer"
 POLICY = """# What this hospital agrees to at most. Only the hospital changes it.
 approver: data protection officer of {name}
 max_epsilon: {epsilon}
@@ -60,7 +63,9 @@ def demo(out: Path, overrides: Sequence[str], say: Say) -> None:
     port = free_port()
     settings = declare_sites(load_settings([*overrides, f"server.port={port}", f"server.out={out}"]))
     consortium(out, settings)
-    say(f"[{time.monotonic() - start:5.1f} s] certificates issued, contract made for {len(settings.data.sites)} sites")
+    approve_all(out, settings)
+    say(f"[{time.monotonic() - start:5.1f} s] certificates issued; contract signed, and approved by "
+        f"{len(settings.data.sites)} sites")
     environment = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
@@ -94,13 +99,13 @@ def consortium(out: Path, settings: Settings) -> None:
     """CA, identities, roster, contract, policies: what comes before the first process."""
     (out / "ca.sha256").write_text(ca.init(out / "ca", "Demo consortium", days=30) + "\n")
     coordinator = settings.server.name
-    for name in (*settings.data.sites, coordinator):
-        own = out / "sites" / name if name != coordinator else out / name
+    roles = dict.fromkeys(settings.data.sites, Role.SITE) | {coordinator: Role.COORDINATOR, ENGINEER: Role.ENGINEER}
+    for name, role in roles.items():
+        own = out / "sites" / name if role is Role.SITE else out / name
         request = create_request(own / "keys", name, f"Organisation of {name}")
-        role, hosts = (Role.COORDINATOR, ["localhost"]) if name == coordinator else (Role.SITE, [])
-        issued = ca.issue(out / "ca", request, role, days=30, hosts=hosts)
+        issued = ca.issue(out / "ca", request, role, days=30, hosts=["localhost"] if role is Role.COORDINATOR else [])
         shutil.copytree(issued.folder, own / "certificates")
-        if name != coordinator:
+        if role is Role.SITE:
             p = settings.privacy
             (own / "policy.yaml").write_text(POLICY.format(
                 name=name, epsilon=p.epsilon or 8.0, non_private=str(p.epsilon is None).lower(),
@@ -109,6 +114,18 @@ def consortium(out: Path, settings: Settings) -> None:
     roster = ca.verify_roster(read_file(out / "roster.json"), TrustStore.load(out / "ca"))
     contract = make_contract(settings, {e.name: e.sign_fingerprint for e in roster})
     FileLayer().write_atomic(out / "contract.json", contract.to_bytes())
+    engineer = FileSigner(out / ENGINEER / "keys" / "sign.key", out / ENGINEER / "certificates" / "sign.pem")
+    FileLayer().write_atomic(out / "contract.signature.json", sign_contract(contract, engineer))
+
+
+def approve_all(out: Path, settings: Settings) -> None:
+    """What each hospital does with `fl-client approve`."""
+    for name in settings.data.sites:
+        own = out / "sites" / name
+        papers = Papers.load(SiteSettings(name=name, keys=f"{own}/keys", certificates=f"{own}/certificates",
+                                          contract=f"{out}/contract.json", signature=f"{out}/contract.signature.json",
+                                          policy=f"{own}/policy.yaml", state=f"{own}/state"))
+        approve(papers.contract, name, papers.policy, papers.signer, own / "state", approver=papers.policy.approver)
 
 
 def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int) -> dict[str, list[str]]:
@@ -117,7 +134,8 @@ def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int)
     lines = {settings.server.name: [
         *python, "fl_server.cli", "run", *overrides, f"server.port={port}", f"server.out={out}",
         f"server.keys={coordinator}/keys", f"server.certificates={coordinator}/certificates",
-        f"server.roster={out}/roster.json", f"server.contract={out}/contract.json"]}
+        f"server.roster={out}/roster.json", f"server.contract={out}/contract.json",
+        f"server.signature={out}/contract.signature.json"]}
     for name, site in settings.data.sites.items():
         own = out / "sites" / name
         lines[name] = [
@@ -125,7 +143,8 @@ def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int)
             f"site.data={site.file}", f"site.text={settings.data.text}", f"site.label={settings.data.label}",
             f"site.person={settings.data.person or 'null'}", f"site.keys={own}/keys",
             f"site.certificates={own}/certificates",
-            f"site.contract={out}/contract.json", f"site.policy={own}/policy.yaml", f"site.state={own}/state",
+            f"site.contract={out}/contract.json", f"site.signature={out}/contract.signature.json",
+            f"site.policy={own}/policy.yaml", f"site.state={own}/state",
             "site.threads=1"]
     return lines
 

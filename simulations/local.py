@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.settings import Settings, SiteDeclaration
-from fl_client.agent import approve, open_ledger
+from fl_client.agent import consider, open_ledger
+from fl_client.approval import approve, approved
 from fl_client.journal import SiteJournal
 from fl_client.link import build_app
 from fl_client.policy import SitePolicy
@@ -31,9 +32,11 @@ from privacy.files import read_file
 from privacy.identity import FileSigner, Role, TrustStore, create_request
 from privacy.mechanism import declared
 from privacy.secagg.peers import certificate_check
+from privacy.signing import sign_contract
 from simulations.inprocess import InProcessGrid
 from strategies.records import count_items
 
+ENGINEER = "engineer"
 Tap = Callable[[Any, Any], None]
 
 
@@ -58,15 +61,17 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
     policy = policy or _permissive(settings)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="consilo-")))
-        trust = _consortium(folder, [*settings.data.sites, settings.server.name], settings.server.name)
+        trust = _consortium(folder, settings)
         roster = {e.name: e for e in ca.verify_roster(ca.roster(folder / "ca"), TrustStore.load(trust))}
         contract = make_contract(settings, {n: e.sign_fingerprint for n, e in roster.items()})
+        signature = sign_contract(contract, _signer(folder, ENGINEER))
         check, apps, nodes = certificate_check(TrustStore.load(trust)), {}, {}
         for index, (name, site) in enumerate(sorted(settings.data.sites.items())):
             own = (state or folder) / name
             own.mkdir(parents=True, exist_ok=True)
             signer = _signer(folder, name)
-            approve(contract, name, policy, signer, own)
+            consider(contract, name, policy, signer, own)
+            approve(contract, name, policy, signer, own, approver="simulation")
             ledger = open_ledger(contract, name, policy, signer, own)
             journal = SiteJournal(own / "rounds.jsonl")
             stack.callback(journal.close)
@@ -76,11 +81,12 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
                                    text=settings.data.text, label=settings.data.label, person=settings.data.person,
                                    lineage=ledger.lineage if ledger else "")
             handlers = SiteRound(contract, name, trainer=trainer, policy=policy, signer=signer,
-                                 check_certificate=check, journal=journal, ledger=ledger).handlers()
+                                 check_certificate=check, journal=journal, ledger=ledger,
+                                 approval=approved(contract, name, policy, signer, own)).handlers()
             apps[index + 1], nodes[name] = build_app(handlers), index + 1
         exchange = Exchange(InProcessGrid(apps, drop=drop, tap=tap), nodes)
         run = make_run(settings, contract, exchange, signer=_signer(folder, settings.server.name), trust=trust,
-                       certificates=site_certificates(contract, roster), progress=progress)
+                       signature=signature, certificates=site_certificates(contract, roster), progress=progress)
         return Outcome(run.run(), contract, read_file(trust / "ca.sha256").decode().strip())
 
 
@@ -102,12 +108,12 @@ def _permissive(settings: Settings) -> SitePolicy:
                       colluding=settings.secure_aggregation.colluding, allow_non_private=True, reveal_update=True)
 
 
-def _consortium(folder: Path, names: list[str], coordinator: str) -> Path:
+def _consortium(folder: Path, settings: Settings) -> Path:
     ca.init(folder / "ca", "Simulated consortium", days=30)
-    for name in names:
+    roles = dict.fromkeys(settings.data.sites, Role.SITE) | {settings.server.name: Role.COORDINATOR, ENGINEER: Role.ENGINEER}
+    for name, role in roles.items():
         request = create_request(folder / "keys" / name, name, f"Organisation of {name}")
-        role, hosts = (Role.COORDINATOR, ["localhost"]) if name == coordinator else (Role.SITE, [])
-        ca.issue(folder / "ca", request, role, days=30, hosts=hosts)
+        ca.issue(folder / "ca", request, role, days=30, hosts=["localhost"] if role is Role.COORDINATOR else [])
     return folder / "ca"
 
 

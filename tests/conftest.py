@@ -90,10 +90,12 @@ def tiny_contract(tiny_model: Path, tiny_labels: tuple[str, ...]) -> Callable[..
              **sections: Any) -> Contract:
         """site: terms of every site. A section given as a dict updates that section; anything else replaces it."""
         from privacy.canonical import canonical
+        from privacy.signing import code_digest
 
         weights, tokenizer = folder_digests(tiny_model)
         terms: dict[str, Any] = {
             "run": "0" * 32, "purpose": "test", "code_version": __version__,
+            "code": code_digest(), "expires": "2099-01-01T00:00:00Z",
             "model": {"weights": weights, "tokenizer": tokenizer, "max_length": 16},
             "data": {"name": "tiny", "labels": list(tiny_labels), "floor": 50},
             "lora": {"r": 2, "alpha": 8.0},
@@ -104,6 +106,8 @@ def tiny_contract(tiny_model: Path, tiny_labels: tuple[str, ...]) -> Callable[..
                       for i, name in enumerate(sites)]}
         for name, value in sections.items():
             terms[name] = terms[name] | value if isinstance(value, dict) else value
+        if terms["privacy"].get("unit") == "person":
+            terms["data"] = {"fields": ["text", "label", "person"]} | terms["data"]
         return load_contract(canonical(terms))
 
     return make

@@ -153,7 +153,8 @@ def test_unknown_key_suggests_the_nearest(tiny_contract: Make, path: tuple[Any, 
     {"site": {"n_decl": 0}}, {"site": {"weight": 1.5}}, {"site": {"weight": 0}}, {"data": {"labels": ["one"]}},
     {"site": {"signer": "0" * 64}}, {"sites": ("site-a", "site-a")}, {"sites": ("../site",)}, {"sites": ()},
     {"model": {"pooling": "max"}}, {"secagg": {"suite": "none"}}, {"secagg": {"bits": 32}},
-    {"schema_version": "consilo.contract/2"}])
+    {"schema_version": "consilo.contract/1"}, {"expires": "soon"}, {"expires": "2026-13-01T00:00:00Z"}, {"code": ""},
+    {"data": {"fields": ["text", "label", "person"]}}, {"data": {"fields": ["path"]}}])
 def test_contract_that_cannot_be_right_is_refused(tiny_contract: Make, change: Change) -> None:
     with pytest.raises(UsageError) as caught:
         tiny_contract(**change)
@@ -200,3 +201,11 @@ def test_missing_policy_file(tmp_path: Path) -> None:
 def test_policy_digest_changes_with_any_term() -> None:
     assert policy().digest == policy().digest
     assert len({policy().digest, policy(colluding=2).digest, policy(max_epsilon=7.9).digest}) == 3
+
+
+def test_expiry_code_and_sign_off(tiny_contract: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert code(tiny_contract(expires="2020-01-01T00:00:00Z")) == "contract.expired"
+    assert code(tiny_contract(code="9" * 64)) == "contract.code"
+    assert code(tiny_contract(), sign_off=True) == "policy.sign_off"
+    signed_off = tiny_contract(sign_off=[{"body": "DPO", "who": "A. Lee", "reference": "2026-11"}])
+    assert code(signed_off, sign_off=True) == "accepted"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fl_client.agent import approve, open_ledger
+from fl_client.agent import consider, open_ledger
 from fl_client.app import StageRefused
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept
@@ -26,6 +26,7 @@ from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import dump
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.site import SiteSession
+from privacy.signing import Approval, code_digest
 from strategies.adapter import AdapterSpec, adapter_digest, initial
 
 SPEC = AdapterSpec((("m.lora_A.weight", (2, 6)), ("m.lora_B.weight", (6, 2)), ("head.weight", (3, 6)), ("head.bias", (3,))),
@@ -47,6 +48,11 @@ class StubTrainer:
         return np.full(SPEC.dim, 0.25, np.float32)
 
 
+def approval_of(contract: Contract, site: str) -> Approval:
+    return Approval(site=site, run=contract.run, contract=contract.digest, policy=POLICY.digest, code=contract.code,
+                    approver="test", approved="2026-01-01T00:00:00+00:00")
+
+
 class Site:
     """One site of three with its real files; `restart` is a new process on the same ones."""
 
@@ -59,7 +65,8 @@ class Site:
             self.signers.append(FileSigner(folder / f"s{i}" / "sign.key", folder / "ca" / "issued" / f"s{i}" / "sign.pem"))
         privacy = {"rounds": rounds, "retries": retries} | ({"trust": "none", "epsilon": None} if trust_none else {})
         self.contract = load_contract(canonical({
-            "run": "ab" * 16, "purpose": "test", "code_version": "0", "model": {"weights": "0" * 64, "tokenizer": "1" * 64},
+            "run": "ab" * 16, "purpose": "test", "code_version": "0", "code": code_digest(),
+            "expires": "2099-01-01T00:00:00Z", "model": {"weights": "0" * 64, "tokenizer": "1" * 64},
             "data": {"name": "d", "labels": ["a", "b", "c"]}, "lora": {}, "rule": {}, "privacy": privacy,
             "secagg": {"threshold": 3, "survivors": 3, "range": 10.0},
             "sites": [{"name": f"s{i}", "signer": s.fingerprint, "n_decl": 100, "delta": 1e-5,
@@ -72,7 +79,7 @@ class Site:
     def _handlers(self) -> Handlers:
         self.round = SiteRound(self.contract, "s0", trainer=self.trainer, policy=POLICY, signer=self.signers[0],
                          check_certificate=certificate_check(TrustStore.load(self.folder / "ca")), journal=self.journal,
-                               ledger=self.ledger)
+                               ledger=self.ledger, approval=approval_of(self.contract, "s0"))
         return self.round.handlers()
 
     def restart(self) -> None:
@@ -130,7 +137,7 @@ def test_a_refused_contract_is_recorded_in_the_sites_ledger(site: Site) -> None:
     site.ledger.close()  # type: ignore[union-attr]
     other = site.contract.model_copy(update={"run": "cd" * 16, "rule": site.contract.rule.model_copy(update={"name": "x"})})
     with pytest.raises(Refused, match=r"policy\.rule"):
-        approve(other, "s0", POLICY, site.signers[0], site.folder)
+        consider(other, "s0", POLICY, site.signers[0], site.folder)
     with Ledger.open(site.folder / "ledger.jsonl", site.signers[0]) as ledger:
         assert [(r.code, r.run, r.what) for r in ledger.summary().refusals] == [("policy.rule", "cd" * 16, "job")]
 
@@ -295,7 +302,8 @@ def _sites(folder: Path, first: Site) -> list[SiteRound]:
         ledger = open_ledger(first.contract, f"s{i}", POLICY, first.signers[i], folder / f"state{i}")
         out.append(SiteRound(first.contract, f"s{i}", trainer=StubTrainer(), policy=POLICY, signer=first.signers[i],
                              check_certificate=first.round._check_certificate,
-                             journal=SiteJournal(folder / f"state{i}" / "rounds.jsonl"), ledger=ledger))
+                             journal=SiteJournal(folder / f"state{i}" / "rounds.jsonl"), ledger=ledger,
+                             approval=approval_of(first.contract, f"s{i}")))
     return out
 
 

@@ -78,6 +78,7 @@ def test_a_killed_site_voids_its_rounds_and_the_run_ends_with_code_5(overrides: 
     settings = declare_sites(load_settings(more))
     demo.empty(out)
     demo.consortium(out, settings)
+    demo.approve_all(out, settings)
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in demo.commands(out, more, settings, port).items():

@@ -1,5 +1,5 @@
-"""A valid small bundle made from scratch: a CA, four sites, three rounds and a void attempt; real signatures, votes,
-transcripts, ledgers and statements, random digests, no training. An `Edit` changes one thing before it is signed."""
+"""A valid small bundle made from scratch: a CA, an engineer, four sites, three rounds and a void attempt; real signatures,
+votes, transcripts, ledgers and statements, random digests, no training. An `Edit` changes one thing before it is signed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from privacy import ca
-from privacy.bundle import BEFORE_SUM, KINDS, BundleWriter
+from privacy.bundle import BundleWriter
 from privacy.canonical import decimal
 from privacy.contract import Contract
 from privacy.identity import FileSigner, Role, create_request
 from privacy.ledger import Ledger
+from privacy.predicates import BEFORE_SUM, KINDS
 from privacy.secagg import transcript as tr
+from privacy.signing import code_digest
 from privacy.statements import make
 
 RUN = "ab" * 16
 SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
+HUB, LAB = "hub", "lab"  # the coordinator, the engineer
+ROLES = {HUB: Role.COORDINATOR, LAB: Role.ENGINEER, **dict.fromkeys(SITES, Role.SITE)}
 ATTEMPTS = ((1, 0, True), (2, 0, False), (2, 1, True), (3, 0, True))  # round, attempt, done
-SUBJECTS = {"acceptance": ["contract"], "round-site": ["view", "masked"], "round": ["adapter_out", "adapter_in"],
-            "release": ["adapter"]}  # the first field that isn't empty
+SUBJECTS = {"contract": ["contract"], "acceptance": ["contract"], "round-site": ["view", "masked"],
+            "round": ["adapter_out", "adapter_in"], "release": ["adapter"]}  # the first field that isn't empty
 Edit = Callable[[str, dict[str, Any]], dict[str, Any] | None]  # (kind, predicate) -> what is signed; None: left out
 Drops = Mapping[tuple[int, int], Mapping[str, tuple[str, str]]]  # (round, attempt) -> site -> (stage, code)
 DROPS: Drops = {(1, 0): {"clinic-c": ("masked", "secagg.vector")},
@@ -38,7 +42,7 @@ def sha(*parts: object) -> str:
 
 @dataclass
 class Consortium:
-    """A CA folder and the signers of the coordinator and four sites; made once, shared by bundles."""
+    """A CA folder and the signers of the coordinator, the engineer and four sites; made once, shared by bundles."""
 
     folder: Path
     fingerprint: str = ""
@@ -46,8 +50,8 @@ class Consortium:
 
     def __post_init__(self) -> None:
         self.fingerprint = ca.init(self.folder / "ca", "Test consortium")
-        for name in ("hub", *SITES):
-            self.enrol(name, Role.COORDINATOR if name == "hub" else Role.SITE)
+        for name, role in ROLES.items():
+            self.enrol(name, role)
 
     def enrol(self, name: str, role: Role) -> FileSigner:
         keys = self.folder / "keys" / name
@@ -65,16 +69,19 @@ class Consortium:
 
 def contract(signers: Mapping[str, FileSigner], **changes: Any) -> Contract:
     """Four sites, three rounds, one retry. `changes` replace fields of the privacy section; `secagg=False`, `threshold`,
-    `survivors`, `purpose` and `code_version` change the contract around it."""
+    `survivors` and those of `around` change the contract around it."""
     secagg = {"enabled": changes.pop("secagg", True), "threshold": changes.pop("threshold", 3),
               "survivors": changes.pop("survivors", 3), "range": 1.0}
-    purpose, code = changes.pop("purpose", "A test of evidence"), changes.pop("code_version", "0.1.0")
+    around = {"purpose": "A test of evidence", "sign_off": [], "expires": "2099-01-01T00:00:00Z", "code_version": "0.1.0",
+              "code": code_digest(), "metrics": ["accuracy"]}
+    around = {key: changes.pop(key, value) for key, value in around.items()}
     privacy = {"q": 0.5, "clip": 5.0, "epsilon": 8.0, "rounds": 3, "retries": 1, "local_steps": 2, **changes}
+    fields = ["text", "label", *(["person"] if privacy.get("unit") == "person" else [])]
     sigma = 0.0 if privacy.get("trust") == "none" else 3.0
     return Contract.model_validate({
-        "run": RUN, "purpose": purpose, "code_version": code,
+        "run": RUN, **around,
         "model": {"weights": sha("weights"), "tokenizer": sha("tokenizer")},
-        "data": {"name": "letters", "labels": ["no", "yes"]}, "lora": {}, "rule": {}, "privacy": privacy,
+        "data": {"name": "letters", "labels": ["no", "yes"], "fields": fields}, "lora": {}, "rule": {}, "privacy": privacy,
         "secagg": secagg,
         "sites": [{"name": n, "signer": signers[n].fingerprint, "n_decl": 1000, "delta": 1e-5, "sigma": sigma}
                   for n in SITES]})
@@ -126,8 +133,8 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
     signers = signers or parties.signers
     private = agreed.privacy.trust != "none"
     common = {"run": agreed.run, "contract": agreed.digest}
-    writer = BundleWriter(folder, agreed.run, agreed.to_bytes(), parties.pem("root.pem"),
-                          {r: parties.pem(f"issuing-{r}.pem") for r in ("site", "coordinator")}, parties.certificates())
+    issuing = {r: parties.pem(f"issuing-{r}.pem") for r in ("site", "coordinator", "engineer")}
+    writer = BundleWriter(folder, agreed.run, agreed.to_bytes(), parties.pem("root.pem"), issuing, parties.certificates())
 
     def say(kind: str, who: str, predicate: dict[str, Any], subject: str = "") -> None:
         changed: dict[str, Any] | None = {**common, **predicate}
@@ -137,6 +144,7 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             subject = subject or next(changed[k] for k in SUBJECTS[kind] if changed[k])
             writer.add_statement(kind, who, make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed))
 
+    say("contract", LAB, {"purpose": agreed.purpose, "expires": agreed.expires})
     books: dict[str, Ledger] = {}
     ledger_folder = folder.with_name(folder.name + "-ledgers")
     ledger_folder.mkdir(exist_ok=True)
@@ -157,7 +165,8 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
         say("acceptance", name, {
             "site": name, "lineage": lineage if private else "", "cap": decimal(cap) if private else "",
             "delta": decimal(m.delta), "trust": m.trust, "approver": f"officer of {name}",
-            "policy": sha("policy", name)})
+            "approved_by": f"director of {name}", "approved": "2026-03-01T09:30:00+00:00",
+            "policy": sha("policy", name), "code": agreed.code})
     adapter = sha("adapter", 0)
     for round_, attempt, done in ATTEMPTS:
         fell = drops.get((round_, attempt), {})
@@ -177,7 +186,7 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                     "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
                     "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
         out = sha("adapter", round_) if done else ""
-        say("round", "hub", {
+        say("round", HUB, {
             **where, "outcome": "done" if done else "void", "reason": "" if done else "secagg.forged_share",
             "sites": list(got.sites) if done else [], "adapter_in": adapter, "adapter_out": out, "view": got.view,
             "transcript": got.transcript if done else "",
@@ -195,21 +204,19 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             "ledger_head": book.head.hash, "epsilon": decimal(book.epsilon()), "delta": decimal(book.delta),
             "cap": decimal(book.cap)}, hashlib.sha256(data).hexdigest())
         book.close()
-    say("release", "hub", {
+    say("release", HUB, {
         "adapter": adapter, "rounds": sum(done for *_, done in ATTEMPTS), "metric_name": "accuracy",
         "metric_before": "0.5", "metric_after": "0.81", "split": "public test", "units": 400})
     if seal:
-        writer.seal(signers["hub"])
+        writer.seal(signers[HUB])
     return folder
 
 
 def reseal(folder: Path, parties: Consortium) -> Path:
     """What a lying coordinator does after changing files: sign a manifest of what is there now."""
     (folder / "manifest.json").unlink(missing_ok=True)
-    certificates = {p.stem: p.read_bytes() for p in (folder / "certificates").iterdir()}
-    root = certificates.pop("root")
-    writer = BundleWriter(folder, RUN, (folder / "contract.json").read_bytes(), root, {}, certificates)
-    writer.seal(parties.signers["hub"])
+    root = (folder / "certificates/root.pem").read_bytes()
+    BundleWriter(folder, RUN, (folder / "contract.json").read_bytes(), root, {}, {}).seal(parties.signers[HUB])
     return folder
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evidence_fixture import SITES, Consortium, contract, write_bundle
+from evidence_fixture import SITES, Consortium, contract, sha, write_bundle
 
 import privacy.report
 from privacy.accountant import Release, delta_at, epsilon
@@ -87,6 +87,35 @@ def test_report_of_a_valid_bundle(good: Path, parties: Consortium, tmp_path: Pat
         assert other not in text
 
 
+def test_who_agreed_to_the_contract(parties: Consortium, tmp_path: Path) -> None:
+    """Signature, sign-offs, expiry, approvals, code and metrics, in both languages and in JSON."""
+    board = {"body": "Ethics board", "who": "Prof Amara <chair>", "reference": "EB-2026-17"}
+    agreed = contract(parties.signers, metrics=["accuracy", "recall"], sign_off=[board, {**board, "body": "DPO"}])
+    page, facts = read(write_report(write_bundle(tmp_path / "b", parties, agreed), tmp_path, ca=parties.fingerprint))
+    said = facts["contract"]
+    assert said["signed_by"] == {"name": "lab", "organisation": "Organisation of lab"}
+    assert (said["purpose"], said["expires"], said["metrics"]) == (agreed.purpose, agreed.expires, ["accuracy", "recall"])
+    assert (said["code_digest"], said["code"], said["sign_off"]) == (agreed.code, "0.1.0", [board, {**board, "body": "DPO"}])
+    assert facts["approvals"] == [{
+        "site": name, "organisation": f"Organisation of {name}", "approved_by": f"director of {name}",
+        "approved": "2026-03-01T09:30:00+00:00", "approver": f"officer of {name}", "policy": sha("policy", name),
+        "code": agreed.code} for name in SITES]
+    text = words(page)
+    for phrase in ("The contract, and who agreed to it", "合约，以及同意合约的各方", "Purpose 用途 A test of evidence",
+                   "Signed by 签署人 lab, engineer · 工程师 Organisation of lab",
+                   "Signed off 用途审批 Ethics board: Prof Amara <chair> (EB-2026-17) DPO: Prof Amara <chair> (EB-2026-17)",
+                   "Expires 有效期至 2099-01-01T00:00:00Z", "Released metrics 公开的评测指标 accuracy, recall", agreed.code,
+                   *(f"{name} Organisation of {name} director of {name} 2026-03-01T09:30:00+00:00 {sha('policy', name)} "
+                     f"officer of {name}" for name in SITES)):
+        assert phrase in text, phrase
+    assert "none recorded" not in text
+
+
+def test_no_sign_off_is_said(good: Path, parties: Consortium, tmp_path: Path) -> None:
+    page, facts = read(write_report(good, tmp_path, ca=parties.fingerprint))
+    assert facts["contract"]["sign_off"] == [] and "Signed off 用途审批 none recorded · 无记录" in words(page)
+
+
 def test_same_bytes_twice_whatever_the_reader_styles(good: Path, parties: Consortium, tmp_path: Path) -> None:
     import matplotlib as mpl
 
@@ -110,7 +139,7 @@ def test_failed_bundle_shows_red_and_nothing_else(good: Path, parties: Consortiu
     page, facts = read(write_report(copy, tmp_path / "out", ca=parties.fingerprint))
     assert facts.keys() == {"schema", "title", "verification", "command"}
     assert facts["title"]["en"] == "FAILED" and '<h1 class="red">FAILED' in page
-    for hidden in (CANARY, "officer of", "Accepted by", "Within budget", "Organisation"):
+    for hidden in (CANARY, "officer of", "director of", "Approved by", "Signed by", "Within budget", "Organisation"):
         assert hidden not in page
 
 

@@ -165,6 +165,7 @@ LIES: dict[str, tuple[Callable[..., Any], str, str]] = {
     "closing left out": (change("closing", {"site": "clinic-a"}, drop=True), "ledgers", "closed the run"),
     "another adapter released": (change("release", adapter=sha("x")), "release", "last round"),
     "release left out": (change("release", drop=True), "release", "exactly one"),
+    "release of a metric that nobody agreed to": (change("release", metric_name="recall"), "release", "doesn't name"),
     "release of more rounds": (change("release", rounds=4), "release", "another number"),
     "done with a reason": (change("round", {"round": 1}, reason="round.late"), "rounds", "a reason"),
     "void without a reason": (change("round", {"outcome": "void"}, reason=""), "rounds", "void"),
@@ -191,8 +192,8 @@ def test_lie(lie: str, parties: Consortium, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "who", "step"), [
-    ("acceptance", "clinic-a", "contract"), ("release", "hub", "release"), ("closing", "clinic-b", "ledgers"),
-    ("round-site", "clinic-c", "rounds")])
+    ("contract", "lab", "contract"), ("acceptance", "clinic-a", "contract"), ("release", "hub", "release"),
+    ("closing", "clinic-b", "ledgers"), ("round-site", "clinic-c", "rounds")])
 def test_said_twice(kind: str, who: str, step: str, copy: Path, parties: Consortium) -> None:
     shutil.copy(statement_path(copy, kind, who), copy / f"statements/{following(copy)}-{kind}-{who}.json")
     assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), step)
@@ -292,7 +293,7 @@ def test_certificates_under_other_names(copy: Path, parties: Consortium, tmp_pat
 
 
 def test_issuing_ca_of_a_role_that_does_not_belong(copy: Path, parties: Consortium) -> None:
-    (copy / "certificates/issuing-engineer.pem").write_bytes(parties.pem("issuing-engineer.pem"))
+    (copy / "certificates/issuing-auditor.pem").write_bytes(parties.pem("issuing-auditor.pem"))
     assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "certificates", "not exactly those")
 
 
@@ -480,11 +481,12 @@ def test_contract_reformatted(copy: Path, parties: Consortium) -> None:
     assert_fails(verify_bundle(reseal(copy, parties), parties.fingerprint), "contract", "canonical")
 
 
-@pytest.mark.parametrize("name", ["contract.json", "manifest.json", "statements/000001-acceptance-clinic-a.json"])
+@pytest.mark.parametrize("name", ["contract.json", "manifest.json", "statements/000001-contract-lab.json",
+                                  "statements/000002-acceptance-clinic-a.json"])
 def test_duplicated_json_key(copy: Path, parties: Consortium, name: str) -> None:
     text = (copy / name).read_text()
-    (copy / name).write_text("{" + '"payloadType":"' + CANARY + '",' + text[1:] if "contract" not in name else
-                             "{" + '"purpose":"' + CANARY + '",' + text[1:])
+    key = "purpose" if name == "contract.json" else "payloadType"
+    (copy / name).write_text(f'{{"{key}":"{CANARY}",{text[1:]}')
     step = {"contract.json": "contract", "manifest.json": "manifest"}.get(name, "statements")
     assert_fails(verify_bundle(copy, parties.fingerprint), step)
 
@@ -495,7 +497,8 @@ def test_extra_file(copy: Path, parties: Consortium) -> None:
 
 
 @pytest.mark.parametrize("name", ["contract.json", "certificates/root.pem", "ledgers/clinic-a.jsonl", "manifest.json",
-                                  "certificates/issuing-site.pem", "certificates/hub.pem"])
+                                  "certificates/issuing-site.pem", "certificates/issuing-engineer.pem",
+                                  "certificates/hub.pem", "certificates/lab.pem"])
 def test_missing_file(copy: Path, parties: Consortium, name: str) -> None:
     (copy / name).unlink()
     assert_fails(verify_bundle(copy, parties.fingerprint), "manifest")
@@ -628,6 +631,8 @@ def test_writer_refuses(parties: Consortium, good: Path, tmp_path: Path) -> None
     assert code(lambda: writer.add_statement("rumour", "hub", b"1")) == "bundle.name"
     assert code(lambda: writer.add_statement("round", "site-a", b"2")) == "bundle.name"
     assert code(lambda: writer.add_ledger("../../x", b"")) == "bundle.name"
+    for name in ("root", "issuing-site", "issuing-x"):  # a party of that name would stand in a CA's place
+        assert code(lambda: BundleWriter(tmp_path / "c", RUN, b"{}", b"root", {}, {name: b"pem"})) == "bundle.name"  # noqa: B023
     writer.seal(parties.signers["hub"])
     with pytest.raises(Refused, match=r"bundle\.sealed"):
         writer.add_ledger("clinic-a", b"")

@@ -15,9 +15,9 @@ from evidence_fixture import DROPS, SITES, Consortium, Sum, contract, reseal, sh
 from test_verify import CANARY, assert_fails, change, failed
 
 from fl_client.statements import SiteStatements
-from privacy.bundle import KINDS
 from privacy.contract import Contract
 from privacy.identity import FileSigner, Peer, Role, fingerprint, load_certificate
+from privacy.predicates import KINDS
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.site import SiteSession

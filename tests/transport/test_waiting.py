@@ -132,3 +132,14 @@ def test_an_answer_sent_before_going_offline_counts(monkeypatch: pytest.MonkeyPa
     times = dict.fromkeys("abcdefg", 0.5) | {"h": 0.95}
     _, answers = ask(monkeypatch, times, offline={"h": 0.9})
     assert silent(answers) == ""
+
+
+@pytest.mark.parametrize(("online", "least", "took"), [("abcdefgh", 5, 0.0), ("abcdefg", 5, GONE_S), ("abc", 5, 20.0),
+                                                       ("abcdefg", None, 20.0)])
+def test_a_round_waits_for_all_but_not_long_once_there_are_enough(monkeypatch: pytest.MonkeyPatch, online: str,
+                                                                 least: int | None, took: float) -> None:
+    clock = Clock({}, {name: 0.0 for name in NODES if name not in online})
+    monkeypatch.setattr(module.time, "monotonic", clock.monotonic)
+    monkeypatch.setattr(module.time, "sleep", lambda s: setattr(clock, "now", clock.now + s))
+    assert Exchange(clock, NODES).wait_online(list(NODES), 20.0, least) == set(online)
+    assert clock.now == pytest.approx(took, abs=0.2)
