@@ -15,7 +15,7 @@ from privacy import ca, identity
 from privacy.errors import ConsiloError, Refused, UsageError
 from privacy.identity import FileSigner, Role, TrustStore, create_request, fingerprint, load_certificate, load_key
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) + timedelta(hours=1)  # of collection: what the CA makes later must be valid by then
 PEM = serialization.Encoding.PEM
 P = 2**255 - 19
 

@@ -221,7 +221,7 @@ def test_acceptance_of_the_first_version(parties: Consortium, tmp_path: Path, mo
 
 # What is released ----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("metrics", [["accuracy"], ["recall", "accuracy"], ["recall"], []])
+@pytest.mark.parametrize("metrics", [["accuracy"], ["recall", "accuracy"], ["recall"]])
 def test_metric_that_the_contract_names(metrics: list[str], parties: Consortium, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", parties, contract(parties.signers, metrics=metrics))
     verdict = verify_bundle(bundle, parties.fingerprint)
