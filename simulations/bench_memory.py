@@ -47,7 +47,7 @@ def _resident(encoding: Encoding, seed: int, neighbours: int, threads: int) -> i
 
 
 def _encode_and_mask(encoding: Encoding, update: NDArray[np.float32], neighbours: int, threads: int) -> None:
-    y = encoding.encode(update, 1.0)
+    y = encoding.encode(update, 1.0, consume=True)
     prg.add_masks(y, [(os.urandom(32), 1) for _ in range(neighbours + 1)], threads=threads)
 
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,7 +61,9 @@ def play(consortium: Consortium, offer: tr.Offer, updates: Sequence[NDArray[np.f
     have been made, so none is still in a cache."""
     out, sites, server = Session(), consortium.sites(offer), CoordinatorSession(offer, consortium.check)
     take, everyone = out.samples.take, range(len(sites))
-    encoded = {u: take("client encode", offer.encoding.encode, updates[u], 1.0) for u in everyone}
+    encode = partial(offer.encoding.encode, consume=True)  # as a site does
+    fresh = {u: updates[u].copy() for u in everyone}
+    encoded = {u: take("client encode", encode, fresh[u], 1.0) for u in everyone}
     out.upload = dict.fromkeys(everyone, 0)
 
     def sent(stage: str, u: int, body: bytes, y: Ring | None = None) -> bytes:
@@ -138,7 +141,7 @@ def run(*, sites: int, dim: int, drop: int, ring: int, repeats: int, threads: in
              "upload_ratio_fp32_median": median(u for s in kept + lossy for u in s.upload.values()) / updates[0].nbytes}
     found |= _client(alone, kept, control, neighbours, dim) | _server(alone, kept, lossy, sites)
     resident = resident_bytes(encoding, seed, sites - 1, threads)
-    found |= {"client_memory_ratio": traced_bytes(encoding, updates[0], sites - 1, threads) / updates[0].nbytes,
+    found |= {"client_memory_ratio": traced_bytes(encoding, updates[0].copy(), sites - 1, threads) / updates[0].nbytes,
               "client_resident_ratio": resident and resident / updates[0].nbytes}
     found |= {"secaggplus": secaggplus(updates[0], neighbours, repeats), "tenseal": tenseal_ckks(updates[0], repeats)}
     found["goals"] = {name: {"value": found[name], "limit": limit, "met": found[name] <= limit} for name, limit in (
@@ -160,7 +163,8 @@ def _terms(sites: int) -> tuple[int, int]:
 
 def _data_path(encoding: Encoding, update: NDArray[np.float32], neighbours: Sequence[int], threads: int,
                samples: Samples) -> None:
-    y = samples.take("encode", encoding.encode, update, 1.0)
+    fresh = update.copy()
+    y = samples.take("encode", lambda: encoding.encode(fresh, 1.0, consume=True))
     for k in neighbours:
         masks = [(os.urandom(32), 1 if i % 2 else -1) for i in range(k + 1)]
         samples.take(f"mask {k}", prg.add_masks, y, masks, threads=threads)
