@@ -79,6 +79,8 @@ class SiteSettings(Terms):
     state: str = "state"
     other_lineages: tuple[str, ...] = Field((), description="state folders of this site's other data lineages")
     threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
+    control_url: str | None = Field(None, description="the coordinator's control plane; null: roster and revocation lists "
+                                    "are carried by hand")
     proxy: str | None = Field(None, description="HTTP CONNECT proxy; null: that of the environment (HTTPS_PROXY)")
     proxy_ca: str | None = Field(None, description="CA of the proxy's own certificate, for an https:// proxy; PEM file")
 
@@ -90,6 +92,9 @@ class ServerSettings(Terms):
     keys: str = "keys"
     certificates: str = "certificates"
     roster: str = "roster.json"
+    store: str = Field("control", description="folder that the control plane serves (docs/control-plane.md)")
+    control_port: int | None = Field(None, ge=0, le=65535, description="null: no control plane in this process")
+    enrol_port: int | None = Field(None, ge=0, le=65535, description="null: no enrolment over the network")
     contract: str = "contract.json"
     signature: str = "contract.signature.json"
     out: str = "outputs/run"

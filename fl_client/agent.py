@@ -21,15 +21,17 @@ from fl_client.supervisor import TrainerProcess
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
-from privacy.identity import FileSigner, Peer, Signer, TrustStore
+from privacy.identity import FileSigner, Peer, Role, Signer, TrustStore
 from privacy.ledger import Ledger
 from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature
+from privacy.trust_files import WatchedTrust
 from strategies.records import load_records
 
 log = logging.getLogger("consilo.agent")
 TRAIN_LIMIT_S = 3600.0
+REFRESH_S = 60.0
 LEDGER, TAGS = "ledger.jsonl", "lineage.tags"
 
 
@@ -159,7 +161,7 @@ class Agent:
 
     def __init__(self, settings: Settings) -> None:
         site = settings.site
-        papers, state = Papers.load(site), Path(site.state)
+        papers, state, trust = Papers.load(site), Path(site.state), Path(site.certificates) / "trust"
         self.contract, policy, signer = papers.contract, papers.policy, papers.signer
         approval = approved(self.contract, site.name, policy, signer, state)
         with ExitStack() as held:  # what was opened is given back if anything is refused
@@ -177,7 +179,8 @@ class Agent:
             if ledger is not None:  # only now: a site that can't train must not hold its budget for this job
                 encumber(ledger, self.contract, site.name, policy)
             self.round = SiteRound(self.contract, site.name, trainer=trainer, policy=policy, signer=signer,
-                                   check_certificate=certificate_check(papers.trust), journal=journal, ledger=ledger,
+                                   check_certificate=certificate_check(WatchedTrust(trust, [Role.SITE])),
+                                   journal=journal, ledger=ledger,
                                    approval=approval)
             self._site, self._held = site, held.pop_all()
 
@@ -189,14 +192,31 @@ class Agent:
         link = FleetLink(site.url, Path(site.certificates) / "tls.pem", Path(site.keys) / "tls.key",
                          Path(site.certificates) / "trust" / "issuing-coordinator.pem", proxy=site.proxy,
                          proxy_ca=Path(site.proxy_ca) if site.proxy_ca else None)
+        refresh = threading.Thread(target=_refresh, args=(site, stop), name="roster", daemon=True)
         try:
+            if site.control_url:
+                refresh.start()
             link.run(build_app(self.round.handlers()), None, stop, between=self.round.expire)
         finally:
+            stop.set()
             self.close()
 
     def close(self) -> None:
         """End the trainer, give ledger and journal back."""
         self._held.close()
+
+
+def _refresh(site: SiteSettings, stop: threading.Event) -> None:
+    """Keep roster and revocation lists current from the control plane; what can't be had is tried again."""
+    from fl_client.control import ControlClient
+
+    wait = 0.0
+    while not stop.wait(wait):
+        try:
+            ControlClient(site.control_url or "", Path(site.keys), Path(site.certificates), proxy=site.proxy).roster()
+        except ConsiloError as e:
+            log.warning("roster and revocation lists can't be renewed: %s", e.code)
+        wait = REFRESH_S
 
 
 def sandbox(site: SiteSettings, policy: SitePolicy) -> Sandbox:

@@ -21,6 +21,7 @@ from privacy.files import FileLayer, read_file
 from privacy.identity import Role, Signer, TrustStore
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature, envelope
+from privacy.trust_files import WatchedTrust
 from strategies.model import build
 
 
@@ -66,5 +67,5 @@ def make_run(settings: Settings, contract: Contract, exchange: Exchange, *, sign
     split = PublicSplit(model, contract, settings.data.evaluation)
     return Run(contract, model, settings.model.name, split, exchange, name=server.name, signer=signer, bundle=bundle,
                folder=folder, deadlines=Deadlines(server.deadline_s, server.stage_deadline_s),
-               check_certificate=certificate_check(TrustStore.load(trust)), certificates=certificates,
+               check_certificate=certificate_check(WatchedTrust(trust, [Role.SITE])), certificates=certificates,
                evaluate_every=server.evaluate_every, progress=progress)

@@ -20,6 +20,7 @@ from urllib.parse import unquote
 import grpc
 from cryptography import x509
 
+from privacy import trust_files
 from privacy.control.reasons import reason
 from privacy.errors import ConsiloError, Refused
 from privacy.identity import Peer, Role, TrustStore, load_certificate
@@ -58,35 +59,18 @@ class Admission(Protocol):
     def __call__(self, method: str, context: grpc.ServicerContext) -> str: ...
 
 
-class WatchedTrust:
-    """The coordinator's trust folder, read anew whenever a file of it has changed.
-
-    Raises as `TrustStore.load`, and Refused `identity.crl_missing` without a list for each role that may call.
-    """
+class WatchedTrust(trust_files.WatchedTrust):
+    """The coordinator's trust folder, with a revocation list for each role that may call."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._lock = folder, threading.Lock()
-        self._seen, self._trust = self._load()
+        super().__init__(folder, READERS)
 
     def current(self) -> TrustStore:
         """Raises Unreachable `control.store` as long as the folder holds something that can't be trusted."""
-        with self._lock:
-            try:
-                if self._stat() != self._seen:
-                    self._seen, self._trust = self._load()
-            except (ConsiloError, OSError) as e:
-                raise reason("control.store") from e
-            return self._trust
-
-    def _load(self) -> tuple[dict[str, tuple[int, int, int]], TrustStore]:
-        seen, trust = self._stat(), TrustStore.load(self.folder)
-        for role in READERS:
-            trust.require_revocation_list(role)
-        return seen, trust
-
-    def _stat(self) -> dict[str, tuple[int, int, int]]:
-        found = {path.name: path.stat() for path in self.folder.glob("*.pem")}
-        return {name: (s.st_ino, s.st_mtime_ns, s.st_size) for name, s in found.items()}
+        try:
+            return super().current()
+        except (ConsiloError, OSError) as e:
+            raise reason("control.store") from e
 
 
 class RoleAdmission:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate
 from numpy.typing import NDArray
 
@@ -146,6 +147,7 @@ class RoundDriver:
             if answer.note is None:
                 return False
             try:
+                self._check_certificate(self._certificates[name].public_bytes(Encoding.PEM))  # revoked meanwhile?
                 take(self._names.index(name), answer.note)
             except ConsiloError as e:
                 bad[name] = e.code

@@ -5,8 +5,10 @@ from __future__ import annotations
 import resource
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -23,6 +25,9 @@ from privacy.errors import Unreachable
 from privacy.files import FileLayer, read_file
 from privacy.identity import FileSigner, TrustStore
 from privacy.report import write_report
+
+if TYPE_CHECKING:
+    from fl_server.control import ControlServer
 
 
 def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
@@ -41,11 +46,13 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
     crl = trust / "crl-site.pem"
     with Reporter(plain=plain) as report, FleetServer(
             host=server.host, port=server.port, certificate=certificates / "tls.pem", key=keys / "tls.key",
-            trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None) as fleet:
+            trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None) as fleet, \
+            _control_plane(settings, contract) as control:
         exchange = Exchange(fleet.grid, fleet.nodes)
         run = make_run(settings, contract, exchange, signer=FileSigner(keys / "sign.key", certificates / "sign.pem"),
                        trust=trust, signature=read_file(Path(server.signature)), certificates=signers, progress=report)
-        report.say(f"listening on {server.host}:{fleet.port} for {len(signers)} sites")
+        report.say(f"listening on {server.host}:{fleet.port} for {len(signers)} sites"
+                   + (f", control plane on {control.port}" if control else ""))
         there = exchange.wait_online(list(signers), server.wait_s)
         if missing := sorted(set(signers) - there):
             raise Unreachable("run.sites_missing", f"Not online: {', '.join(missing)}.",
@@ -57,6 +64,26 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
     FileLayer().write_atomic(folder / "metrics.json", canonical(metrics) + b"\n")
     write_report(folder / "evidence", folder, ca=TrustStore.load(trust).fingerprint)
     return metrics
+
+
+@contextmanager
+def _control_plane(settings: Settings, contract: Contract) -> Iterator[ControlServer | None]:
+    """Beside the run, where a port is configured: roster, contract, approvals and, once it is sealed, the run's evidence."""
+    server = settings.server
+    if server.control_port is None:
+        yield None
+        return
+    from fl_server.control import ControlServer
+    from fl_server.control_store import ControlStore
+
+    store, certificates = ControlStore(Path(server.store)), Path(server.certificates)
+    FileLayer().write_atomic(store.root / "roster.json", read_file(Path(server.roster)))
+    store.publish_contract(contract.digest, contract.to_bytes(), read_file(Path(server.signature)))
+    store.publish_run(contract.run, Path(server.out))
+    with ControlServer(store, certificate=certificates / "tls.pem", key=Path(server.keys) / "tls.key",
+                       trust=certificates / "trust", host=server.host, port=server.control_port,
+                       enrol_port=server.enrol_port) as control:
+        yield control
 
 
 def _metrics(contract: Contract, result: Result, ready_s: float, total_s: float) -> dict[str, Any]:

@@ -94,3 +94,7 @@ def roster_command(folder: Folder,
 
 def main() -> int:
     return run(app)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""A trust folder out of what an untrusted party relayed.
+"""A trust folder out of what an untrusted party relayed, and one that changes while it is used.
 
 Guarantees: root, issuing CAs and revocation lists are taken only if the root has the expected fingerprint, everything
 is signed up to it, there is a list for every issuing CA, and no list has run out.
@@ -7,16 +7,46 @@ is signed up to it, there is a list for every issuing CA, and no list has run ou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from privacy.errors import Refused, UsageError
-from privacy.identity import TrustStore, fingerprint, load_certificate, load_crl
+from privacy.identity import Role, TrustStore, fingerprint, load_certificate, load_crl
 
 MAX_LISTS = 16
+
+
+class WatchedTrust:
+    """A trust folder, read anew whenever a file of it has changed, so that a revocation counts from then on.
+
+    required: roles whose revocation list must be there. Raises as `TrustStore.load`, and Refused `identity.crl_missing`.
+    """
+
+    def __init__(self, folder: Path, required: Collection[Role]) -> None:
+        self.folder, self._required, self._lock = folder, tuple(required), threading.Lock()
+        self._seen, self._trust = self._load()
+
+    def current(self) -> TrustStore:
+        """Raises as the constructor, as long as the folder holds something that can't be trusted."""
+        with self._lock:
+            if self._stat() != self._seen:
+                self._seen, self._trust = self._load()
+            return self._trust
+
+    def _load(self) -> tuple[dict[str, tuple[int, int, int]], TrustStore]:
+        seen, trust = self._stat(), TrustStore.load(self.folder)
+        for role in self._required:
+            trust.require_revocation_list(role)
+        return seen, trust
+
+    def _stat(self) -> dict[str, tuple[int, int, int]]:
+        found = {path.name: path.stat() for path in self.folder.glob("*.pem")}
+        return {name: (s.st_ino, s.st_mtime_ns, s.st_size) for name, s in found.items()}
 
 
 def parse_fingerprint(text: str) -> str:

@@ -11,19 +11,23 @@ from privacy.errors import Aborted
 from privacy.identity import Peer, Role, TrustStore, load_certificate, verify_signature
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1
+from privacy.trust_files import WatchedTrust
 
 CheckCertificate = Callable[[bytes], Peer]
 
 
-def certificate_check(trust: TrustStore) -> CheckCertificate:
+def certificate_check(trust: TrustStore | WatchedTrust) -> CheckCertificate:
     """PEM of a site's Ed25519 certificate -> the peer, if chain, role, validity and revocation are right now.
 
     Raises Refused `identity.crl_missing` at once where there is no revocation list of sites.
     """
-    trust.require_revocation_list(Role.SITE)
+    def current() -> TrustStore:
+        return trust if isinstance(trust, TrustStore) else trust.current()
+
+    current().require_revocation_list(Role.SITE)
 
     def check(pem: bytes) -> Peer:
-        return trust.check(load_certificate(pem), Role.SITE, usage="signing", at=datetime.now(UTC))
+        return current().check(load_certificate(pem), Role.SITE, usage="signing", at=datetime.now(UTC))
 
     return check
 
