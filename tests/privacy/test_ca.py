@@ -20,7 +20,7 @@ from privacy.canonical import canonical, parse
 from privacy.errors import CheckFailed, Refused, RoundVoid, UsageError
 from privacy.identity import Role, TrustStore, create_request, fingerprint, load_certificate, load_key
 
-NOW = datetime.now(UTC)
+NOW = datetime.now(UTC) + timedelta(hours=1)  # of collection: what the CA makes later must be valid by then
 
 
 @pytest.fixture
