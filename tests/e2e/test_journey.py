@@ -1,4 +1,4 @@
-"""The operator's journey on real processes, by commands alone: init, enroll, doctor, approve, run, revoke."""
+"""The operator's journey on real processes, by commands alone: init, enroll, doctor, approve, run, revoke, renew."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ from simulations.demo import free_port, stop
 SITES = ("site-a", "site-b", "site-c", "site-d")
 POLICY = "approver: data protection officer\nmax_epsilon: 8.0\nrequired_walls: []\n"
 Make = Callable[..., list[str]]
+
+
+def until(what: Callable[[], object], seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it didn't happen in time"
+        time.sleep(0.1)
 
 
 class World:
@@ -55,14 +62,18 @@ class World:
             shutil.copy(crl, target.with_suffix(".new"))
             target.with_suffix(".new").replace(target)
 
-    def answer_enrolments(self) -> int:
-        """The CA's operator carries every waiting request to the CA and its answer back."""
-        waiting = [f for f in (self.hub / "store" / "enrolments").glob("*/request.json")
-                   if not (f.parent / "answer.json").exists()]
-        for file in waiting:
+    def waiting(self) -> list[Path]:
+        """Requests in the relay's folder that the CA's operator hasn't answered."""
+        return [f for f in (self.hub / "store" / "enrolments").glob("*/request.json")
+                if not (f.parent / "answer.json").exists()]
+
+    def answer(self, count: int) -> None:
+        """The CA's operator carries so many requests to the CA, and its answers back."""
+        for _ in range(count):
+            until(self.waiting)
+            file = self.waiting()[0]
             issued = Path(self.tool("privacy.ca_cli", "issue", self.ca, "--enrolment", file)["folder"])
             shutil.copy(issued / "answer.json", file.parent / "answer.json")
-        return len(waiting)
 
 
 @pytest.fixture
@@ -72,13 +83,6 @@ def world(tmp_path: Path) -> Iterator[World]:
         yield made
     finally:
         stop(made.running)
-
-
-def until(what: Callable[[], object], seconds: float = 120.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it didn't happen in time"
-        time.sleep(0.1)
 
 
 def test_operators_journey(world: World, overrides: Make, tiny_data: dict[str, Path]) -> None:
@@ -99,14 +103,7 @@ def test_operators_journey(world: World, overrides: Make, tiny_data: dict[str, P
         world.start(f"enroll-{name}", "fl_client.cli", "enroll", "--token-file", world.root / name / "token.txt",
                     "--ca-fingerprint", root, "--url", f"https://localhost:{enrol_port}", "--name", name,
                     "--organisation", f"Org {name}", "--folder", world.root / name / "keys", "--wait", "100")
-    done = 0
-
-    def answered() -> bool:
-        nonlocal done
-        done += world.answer_enrolments()
-        return done == len(SITES)
-
-    until(answered)
+    world.answer(len(SITES))
     for name in SITES:
         assert world.running.pop(f"enroll-{name}").wait(60) == 0, (world.root / f"enroll-{name}.log").read_text()
     relay = world.running.pop("relay")
@@ -161,3 +158,19 @@ def test_operators_journey(world: World, overrides: Make, tiny_data: dict[str, P
     assert out["sites"] == ["site-a", "site-b", "site-c"], "the others go on"
     assert any(lost.startswith("site-d ") for lost in out["lost"])
     assert {lost.split()[2] for lost in out["lost"]} <= {"identity.revoked", "site.unreachable", "site.session_aborted"}
+
+    stop({name: world.running.pop(name) for name in (*SITES, "hub")})
+    url = f"https://localhost:{enrol_port}"
+    world.start("relay", "fl_server.cli", "control", world.hub / "store", *hub, "--port", str(free_port()),
+                "--enrol-port", str(enrol_port), "--host", "localhost")
+    keys = world.root / "site-a" / "keys"
+    old = (keys / "tls.pem").read_bytes(), (keys / "tls.key").read_bytes(), (keys / "sign.key").read_bytes()
+    world.start("renew", "fl_client.cli", "renew", "--url", url, "--folder", keys, "--wait", "60")
+    world.answer(1)
+    assert world.running.pop("renew").wait(60) == 0, (world.root / "renew.log").read_text()
+    new = (keys / "tls.pem").read_bytes(), (keys / "tls.key").read_bytes(), (keys / "sign.key").read_bytes()
+    assert [a == b for a, b in zip(old, new, strict=True)] == [False, False, True], "the ledger's key stays"
+    world.start("renew", "fl_client.cli", "renew", "--url", url, "--folder", world.root / "site-d" / "keys", "--wait", "60")
+    until(world.waiting)
+    refused = world.tool("privacy.ca_cli", "issue", world.ca, "--enrolment", world.waiting()[0], code=3)
+    assert refused["error"]["code"] in ("ca.not_current", "identity.revoked"), refused
