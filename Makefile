@@ -28,6 +28,7 @@ check: $(STAMP)
 bench: $(STAMP)
 	@mkdir -p outputs/bench
 	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
+	@$(BIN)/fl-simulate bench round --json > outputs/bench/round.json
 
 proto: $(STAMP)
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. privacy/control/*.proto

@@ -99,3 +99,21 @@ def secagg_command(
     cli_edge.emit(rounded(found), as_json, render(found))
     if not found["exact"]:
         raise typer.Exit(1)
+
+
+@app.command("round")
+def round_command(
+        sites: Annotated[int, typer.Option(min=3, max=32, help="Size of the cohort, a process each.")] = 4,
+        dim: Annotated[int, typer.Option(min=1, max=2**26, help="Values in an update.")] = 1_000_000,
+        rounds: Annotated[int, typer.Option(min=1, help="Rounds with and as many without masks; medians are reported.")] = 5,
+        as_json: Json = False) -> None:
+    """A whole round without training: real processes over mutual TLS on loopback, beside the same with masks off.
+
+    Exits with 1 if a mean is wrong.
+    """
+    from simulations.bench_round import render, run
+
+    found = run(sites=sites, dim=dim, rounds=rounds)
+    cli_edge.emit(rounded(found), as_json, render(found))
+    if not found["exact"]:
+        raise typer.Exit(1)
