@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -50,19 +50,21 @@ class FleetServer:
     host, port: where to listen; port 0 picks a free one (`fleet.port` after the start). certificate, key: PEM files of
     the coordinator. trusted: PEM files of the issuing CAs whose certificates may connect (role site only). crl: PEM
     file of their revocation lists; then every connection is checked against it. roster: site name -> PEM of the site's
-    TLS certificate (P-256). hold_s: how long an empty poll is held.
+    TLS certificate (P-256). hold_s: how long an empty poll is held. admits: asked about the client's certificate at every
+    request, for what changes while a connection lasts.
     Raises UsageError `fleet.certificate`, `fleet.roster`, `key.missing`; Refused `key.permissions`; and, on start,
     Unreachable `fleet.port`.
     """
 
     def __init__(self, *, host: str, port: int, certificate: Path, key: Path, trusted: Sequence[Path],
-                 roster: Mapping[str, bytes], crl: Path | None = None, hold_s: float = HOLD_S) -> None:
+                 roster: Mapping[str, bytes], crl: Path | None = None, hold_s: float = HOLD_S,
+                 admits: Callable[[x509.Certificate], bool] = lambda _: True) -> None:
         self.host, self.port = host, port
         context = _tls(certificate, key, trusted, crl)
         factory = LinkStateFactory(IN_MEMORY, NoOpFederationManager(), ObjectStoreFactory(IN_MEMORY))
         self.state = factory.state()
         self.nodes = {site: _register(self.state, site, pem) for site, pem in roster.items()}
-        self._guard = FleetGuard(self.state, hold_s)
+        self._guard = FleetGuard(self.state, hold_s, admits)
         app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, middleware=[
             Middleware(WholeBody), Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware), Middleware(NodeAuthMiddleware),

@@ -42,12 +42,13 @@ def key_pem(certificate: x509.Certificate) -> bytes:
 
 
 class PeerKeyProtocol(HttpToolsProtocol):
-    """Puts the public key of the client's certificate into `scope["state"]["peer_key"]` of the connection."""
+    """Puts the client's certificate and its public key into `scope["state"]` of the connection: `peer`, `peer_key`."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         der = transport.get_extra_info("ssl_object").getpeercert(binary_form=True)
-        self.app_state = {**self.app_state, "peer_key": key_pem(x509.load_der_x509_certificate(der))}
+        peer = x509.load_der_x509_certificate(der)
+        self.app_state = {**self.app_state, "peer": peer, "peer_key": key_pem(peer)}
 
 
 class WholeBody:
@@ -82,13 +83,14 @@ class FleetGuard:
     """Innermost layer, after Flower's translation and node authentication.
 
     `state`: Flower's LinkState. `reconnected(node)` is called (in a worker thread) before an agent is let in anew.
-    `arrived` is set when something of a reply came in. What the event loop's thread owns is marked so.
+    `arrived` is set when something of a reply came in. `admits(certificate)` says, at every request, whether a connection
+    that was let in is still welcome. What the event loop's thread owns is marked so.
     """
 
     app: ASGIApp
 
-    def __init__(self, state: Any, hold_s: float) -> None:
-        self.state, self.hold_s = state, hold_s
+    def __init__(self, state: Any, hold_s: float, admits: Callable[[x509.Certificate], bool] = lambda _: True) -> None:
+        self.state, self.hold_s, self._admits = state, hold_s, admits
         self.reconnected: Callable[[int], None] = lambda node: None
         self.arrived = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -122,7 +124,7 @@ class FleetGuard:
         if path not in SERVED or request is None or _claimed_key(scope) != state["peer_key"]:
             await _refuse(403, scope, receive, send)
             return
-        if not self._allowed(path, request):
+        if not self._admits(state["peer"]) or not self._allowed(path, request):
             await _refuse(403, scope, receive, send)
             return
         if path == ACTIVATE:  # the same key over the same TLS key: it is the site, whatever ran there before

@@ -5,12 +5,14 @@ from __future__ import annotations
 import resource
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import Certificate
 
 from conf.settings import Settings
 from fl_server.assemble import check_folder, make_run, site_certificates
@@ -21,10 +23,11 @@ from fl_server.run import Result
 from privacy.ca import verify_roster
 from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
-from privacy.errors import Unreachable
+from privacy.errors import ConsiloError, Unreachable
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, TrustStore
+from privacy.identity import FileSigner, Role, TrustStore
 from privacy.report import write_report
+from privacy.trust_files import WatchedTrust
 
 if TYPE_CHECKING:
     from fl_server.control import ControlServer
@@ -46,7 +49,8 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
     crl = trust / "crl-site.pem"
     with Reporter(plain=plain) as report, FleetServer(
             host=server.host, port=server.port, certificate=certificates / "tls.pem", key=keys / "tls.key",
-            trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None) as fleet, \
+            trusted=[trust / "issuing-site.pem"], roster=nodes, crl=crl if crl.exists() else None,
+            admits=_admits(WatchedTrust(trust, [Role.SITE]))) as fleet, \
             _control_plane(settings, contract) as control:
         exchange = Exchange(fleet.grid, fleet.nodes)
         run = make_run(settings, contract, exchange, signer=FileSigner(keys / "sign.key", certificates / "sign.pem"),
@@ -64,6 +68,18 @@ def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
     FileLayer().write_atomic(folder / "metrics.json", canonical(metrics) + b"\n")
     write_report(folder / "evidence", folder, ca=TrustStore.load(trust).fingerprint)
     return metrics
+
+
+def _admits(trust: WatchedTrust) -> Callable[[Certificate], bool]:
+    """Whether a site's TLS certificate holds at this moment; False too while the trust folder can't be read."""
+    def check(certificate: Certificate) -> bool:
+        try:
+            trust.current().check(certificate, Role.SITE, usage="tls", at=datetime.now(UTC))
+        except (ConsiloError, OSError):
+            return False
+        return True
+
+    return check
 
 
 @contextmanager

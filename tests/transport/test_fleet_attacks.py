@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import ssl
 import threading
 import time
@@ -39,9 +40,11 @@ from fl_client.link import FleetLink, StageRefused, build_app
 from fl_server import fleet_grid, fleet_guard
 from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note
 from fl_server.fleet import FleetServer
+from fl_server.serve import _admits
 from privacy import ca
 from privacy.errors import Refused, SiteCode, Unreachable, UsageError
 from privacy.identity import Role
+from privacy.trust_files import WatchedTrust
 
 ECHO = build_app({"train.update": lambda body, arrays: (body, arrays)})
 
@@ -153,6 +156,23 @@ def test_revoked_certificate(pki: Pki, tmp_path: Path) -> None:
         assert connect(link_to(after, pki, "a")) == after.nodes["a"]
         with pytest.raises(Refused, match=r"link\.refused"):
             connect(link_to(after, pki, "leaver"))
+
+
+def test_revoked_while_connected(pki: Pki, tmp_path: Path) -> None:
+    """The connection was accepted; its next request isn't, once the list in the coordinator's folder has changed."""
+    pki.enrol("quitter", Role.SITE)
+    trust = tmp_path / "trust"
+    shutil.copytree(pki.cert("quitter").parent / "trust", trust)
+    roster = {name: pki.cert(name).read_bytes() for name in ("a", "quitter")}
+    with server(pki, roster=roster, admits=_admits(WatchedTrust(trust, [Role.SITE]))) as fleet, \
+            link_to(fleet, pki, "quitter") as leaving, link_to(fleet, pki, "a") as staying:
+        leaving.connect()
+        ca.revoke(pki.root / "ca", "quitter")
+        leaving.connect()
+        shutil.copy(pki.crl(Role.SITE), trust / "crl-site.pem")
+        with pytest.raises(Unreachable):
+            leaving.connect()
+        staying.connect()
 
 
 def test_certified_but_not_on_the_roster(fleet: FleetServer, pki: Pki) -> None:
