@@ -70,11 +70,6 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-@app.callback()
-def group() -> None:
-    """Keeps `bench NAME` a group while it has one command."""
-
-
 @app.command("secagg")
 def secagg_command(
         sites: Annotated[int, typer.Option(min=3, max=100, help="Size of the cohort.")] = 16,
