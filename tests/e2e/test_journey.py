@@ -95,6 +95,7 @@ def test_operators_journey(world: World, overrides: Make, tiny_data: dict[str, P
     hub = ["--keys", world.hub / "keys", "--certificates", world.hub / "certificates"]
     world.start("relay", "fl_server.cli", "control", world.hub / "store", *hub, "--port", str(free_port()),
                 "--enrol-port", str(enrol_port), "--host", "localhost")
+    until(lambda: b"control plane on" in (world.root / "relay.log").read_bytes())
 
     for name in SITES:  # each by a token that its CA handed over
         (world.root / name).mkdir()
@@ -163,6 +164,7 @@ def test_operators_journey(world: World, overrides: Make, tiny_data: dict[str, P
     url = f"https://localhost:{enrol_port}"
     world.start("relay", "fl_server.cli", "control", world.hub / "store", *hub, "--port", str(free_port()),
                 "--enrol-port", str(enrol_port), "--host", "localhost")
+    until(lambda: b"control plane on" in (world.root / "relay.log").read_bytes())
     keys = world.root / "site-a" / "keys"
     old = (keys / "tls.pem").read_bytes(), (keys / "tls.key").read_bytes(), (keys / "sign.key").read_bytes()
     world.start("renew", "fl_client.cli", "renew", "--url", url, "--folder", keys, "--wait", "60")
