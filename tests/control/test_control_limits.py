@@ -155,7 +155,8 @@ def test_more_calls_than_the_listener_takes(world: World, tmp_path: Path) -> Non
                 pass  # the first call hasn't arrived yet
         assert found[0] == "RESOURCE_EXHAUSTED"
         with pytest.raises(Unreachable, match=r"control\.busy"):
-            control.client("clinic-b").contracts()
+            for _ in range(1000):  # the call before may have been what was in the way
+                control.client("clinic-b").contracts()
         stuck.cancel()
 
 
