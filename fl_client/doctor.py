@@ -23,7 +23,7 @@ from fl_client.supervisor import walls
 from privacy import guard
 from privacy.accountant import Release, epsilon, round_up
 from privacy.errors import CheckFailed, ConsiloError, Refused
-from privacy.files import FileLayer
+from privacy.files import FileLayer, read_file
 from privacy.identity import FileSigner, Role, TrustStore, load_certificate, load_key, public_key
 from privacy.ledger_chain import LedgerSummary
 
@@ -71,7 +71,7 @@ class Doctor:
     def _keys(self) -> str:
         keys, certificates = Path(self._site.keys), Path(self._site.certificates)
         FileSigner(keys / "sign.key", certificates / "sign.pem")
-        tls = load_certificate((certificates / "tls.pem").read_bytes(), "tls.pem")
+        tls = load_certificate(read_file(certificates / "tls.pem"), "tls.pem")
         if load_key(keys / "tls.key").public_key() != public_key(tls):
             raise Refused("key.other", "tls.key and tls.pem don't belong together.", "Install both from one enrolment.")
         return "both keys are private to this user and belong to their certificates"
@@ -82,7 +82,7 @@ class Doctor:
         trust.require_revocation_list(Role.SITE)
         left = []
         for name, usage in (("tls.pem", "tls"), ("sign.pem", "signing")):
-            cert = load_certificate((certificates / name).read_bytes(), name)
+            cert = load_certificate(read_file(certificates / name), name)
             trust.check(cert, Role.SITE, usage=usage, at=now)  # type: ignore[arg-type]
             left.append(cert.not_valid_after_utc - now)
         if min(left) < timedelta(days=RENEW_DAYS):

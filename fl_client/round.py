@@ -91,9 +91,9 @@ class SiteRound:
         if self._ledger is None and self._journal.spent_from(got.adapter):
             raise StageRefused(SiteCode.BUDGET)  # without noise, two sums of one update would give it away
         self._drop_round()
-        self._offer, session, self._begun = got, self._open(got), time.monotonic()
+        self._offer, session = got, self._open(got)
         delta, self._charge = self._charged(got, lambda: self._trainer.train(adapter, got.round))
-        m1 = session.m1()
+        m1, self._begun = session.m1(), time.monotonic()
         self._session, self._encoded = session, got.encoding.encode(delta, self._terms.weight, consume=True)
         return Outgoing(System(m1))
 

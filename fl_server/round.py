@@ -108,7 +108,9 @@ class RoundDriver:
         try:
             return session.unmask()
         except Aborted as e:
-            self.lost += [Lost(self._names[u], "unmask", e.code) for u in session.suspects]
+            known = {lost.site for lost in self.lost if lost.stage == "unmask"}
+            dealers = [self._names[u] for u in session.suspects]
+            self.lost += [Lost(name, "unmask", e.code) for name in dealers if name not in known]
             raise
 
     def _take_masked(self, offer: tr.Offer, session: CoordinatorSession | PlainCoordinator, u: int, note: Note) -> None:

@@ -103,6 +103,10 @@ def _loose_key(place: Place) -> None:
     (place.folder / "site-a" / "sign.key").chmod(0o644)
 
 
+def _no_certificate(place: Place) -> None:
+    (place.issued / "tls.pem").unlink()
+
+
 def _revoked(place: Place) -> None:
     ca.revoke(place.folder / "ca", "site-a")
     (place.issued / "trust" / "crl-site.pem").write_bytes((place.folder / "ca" / "crl-site.pem").read_bytes())
@@ -122,6 +126,7 @@ def _tight_policy(place: Place) -> None:
 
 @pytest.mark.parametrize(("break_it", "check", "code"), [
     (_loose_key, "keys", "key.permissions"), (_revoked, "certificates", "identity.revoked"),
+    (_no_certificate, "certificates", "file.missing"),
     (_other_model, "model", "model.digest"), (_other_column, "data", "data.column"),
     (_tight_policy, "contract", "policy.epsilon")])
 def test_the_doctor_names_what_is_wrong_and_its_mend(place: Place, break_it: Callable[[Place], None], check: str,

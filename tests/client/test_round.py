@@ -353,3 +353,22 @@ def test_a_new_offer_drops_the_session_before(site: Site) -> None:
     assert isinstance(before, SiteSession)
     site.update(site.offer(1, 1))
     assert before._secrets is None
+
+
+def test_training_does_not_count_towards_a_sessions_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fl_client.round as module
+
+    clock, train = [0.0], site.trainer.train
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+
+    def slow(adapter: Any, round_no: int) -> Any:
+        clock[0] += module.SESSION_S + 1
+        return train(adapter, round_no)
+
+    site.trainer.train = slow  # type: ignore[method-assign]
+    site.update(site.offer())
+    site.round.expire()
+    assert site.round._session is not None
+    clock[0] += module.SESSION_S + 1
+    site.round.expire()
+    assert site.round._session is None
