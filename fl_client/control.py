@@ -27,6 +27,7 @@ from privacy.control import consilo_control_pb2_grpc as rpc
 from privacy.errors import CheckFailed, Refused, Unreachable
 from privacy.files import FileLayer, read_file, read_private
 from privacy.identity import TrustStore
+from privacy.predicates import Release
 from privacy.trust_files import is_older, named_lists
 from privacy.verify import examine
 
@@ -128,7 +129,7 @@ class ControlClient:
         if verdict.verdict != "PASS" or facts.agreed().run != run:
             raise CheckFailed("control.evidence", "The run's evidence does not verify, or is of another run.",
                               "Tell the coordinator's operator, and the auditor.")
-        return next((release.adapter for release in facts.said(bundle.Release)), "")
+        return next((release.adapter for release in facts.said(Release)), "")
 
     def _server(self, trust: TrustStore, *, stale: bool = False) -> Certificate:
         """The certificate that the server shows, checked. stale: lists may have run out, for the moment."""

@@ -24,7 +24,6 @@ from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
 from privacy.predicates import Kind, Predicate
-from privacy.predicates import Release as Release
 from privacy.statements import make
 
 MAX_FILES = 50_000  # 100 sites over 400 rounds, with room for void ones
