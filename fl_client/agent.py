@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conf.settings import Settings, SiteSettings
 from fl_client import lineage
@@ -28,6 +29,9 @@ from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature
 from privacy.trust_files import WatchedTrust
 from strategies.records import load_records
+
+if TYPE_CHECKING:
+    from fl_client.link import FleetLink
 
 log = logging.getLogger("consilo.agent")
 TRAIN_LIMIT_S = 3600.0
@@ -186,12 +190,10 @@ class Agent:
 
     def run(self, stop: threading.Event) -> None:
         """Serve the coordinator until `stop`."""
-        from fl_client.link import FleetLink, build_app
+        from fl_client.link import build_app
 
         site: SiteSettings = self._site
-        link = FleetLink(site.url, Path(site.certificates) / "tls.pem", Path(site.keys) / "tls.key",
-                         Path(site.certificates) / "trust" / "issuing-coordinator.pem", proxy=site.proxy,
-                         proxy_ca=Path(site.proxy_ca) if site.proxy_ca else None)
+        link = open_link(site)
         refresh = threading.Thread(target=_refresh, args=(site, stop), name="roster", daemon=True)
         try:
             if site.control_url:
@@ -204,6 +206,17 @@ class Agent:
     def close(self) -> None:
         """End the trainer, give ledger and journal back."""
         self._held.close()
+
+
+def open_link(site: SiteSettings) -> FleetLink:
+    """The way to the coordinator that the settings name. Raises as `FleetLink` and `coordinator_check`."""
+    from fl_client.link import FleetLink
+    from fl_client.link_tls import coordinator_check
+
+    certificates = Path(site.certificates)
+    return FleetLink(site.url, certificates / "tls.pem", Path(site.keys) / "tls.key",
+                     certificates / "trust" / "issuing-coordinator.pem", check=coordinator_check(certificates / "trust"),
+                     proxy=site.proxy, proxy_ca=Path(site.proxy_ca) if site.proxy_ca else None)
 
 
 def _refresh(site: SiteSettings, stop: threading.Event) -> None:

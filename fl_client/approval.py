@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from conf.settings import SiteSettings
 from fl_client.policy import SitePolicy
 from privacy.accountant import Release, epsilon, round_up
 from privacy.contract import Contract
-from privacy.errors import Refused
+from privacy.errors import ConsiloError, Refused
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
 from privacy.ledger_chain import LedgerSummary, check_extract, split_lines
@@ -74,6 +75,18 @@ def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, s
     path = folder / f"{contract.digest}.json"
     FileLayer().write_atomic(path, approval(contract, site, policy=policy.digest, approver=approver, signer=signer))
     return path
+
+
+def hand_in(site: SiteSettings, contract: Contract, path: Path) -> str | None:
+    """Send the approval to the control plane. Returns the code of what went wrong: the approval holds all the same."""
+    from fl_client.control import ControlClient
+
+    try:
+        ControlClient(site.control_url or "", Path(site.keys), Path(site.certificates),
+                      proxy=site.proxy).approve(contract.digest, read_file(path))
+    except ConsiloError as e:
+        return e.code
+    return None
 
 
 def approved(contract: Contract, site: str, policy: SitePolicy, signer: Signer, state: Path) -> Approval:

@@ -91,7 +91,7 @@ def approve_command(
     """Show what a contract means for this site, in plain words, and record that it is agreed to. Nothing is spent."""
     from conf import load_settings
     from fl_client.agent import LEDGER, Papers
-    from fl_client.approval import approve, describe, summary
+    from fl_client.approval import approve, describe, hand_in, summary
 
     site = load_settings(overrides or []).site
     papers = Papers.load(site)
@@ -101,9 +101,12 @@ def approve_command(
     if not yes and not typer.confirm(f"Approve it for {site.name}?", err=True):
         cli_edge.emit({"approved": False}, as_json, "Not approved; nothing was recorded.")
         raise typer.Exit(3)
-    approve(papers.contract, site.name, papers.policy, papers.signer, Path(site.state),
-            approver=approver or papers.policy.approver)
-    cli_edge.emit({"approved": True, "contract": papers.contract.digest}, as_json, "Approved, and recorded.")
+    path = approve(papers.contract, site.name, papers.policy, papers.signer, Path(site.state),
+                   approver=approver or papers.policy.approver)
+    code = hand_in(site, papers.contract, path) if site.control_url else None
+    cli_edge.emit({"approved": True, "contract": papers.contract.digest, "sent": bool(site.control_url) and code is None,
+                   "code": code}, as_json, "Approved, and recorded." + (
+                       f" The coordinator doesn't know yet ({code}): approve again when it can be reached." if code else ""))
 
 
 @app.command("doctor")

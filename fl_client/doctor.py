@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from conf.settings import Settings
-from fl_client.agent import LEDGER, Papers, find_tags, sandbox
+from fl_client.agent import LEDGER, Papers, find_tags, open_link, sandbox
 from fl_client.approval import approved, summary
 from fl_client.policy import load_policy
 from fl_client.sandbox import ENFORCED, MENDS
@@ -90,15 +90,10 @@ class Doctor:
         return f"valid for {min(left).days} days, in the role site, not revoked; revocation list at hand"
 
     def _route(self) -> str:
-        from fl_client.link import FleetLink
-
-        site, certificates = self._site, Path(self._site.certificates)
         if _held(self._state / "rounds.jsonl"):
             return "not tried: the agent is running, and would be cut off for a moment"
         start = time.monotonic()
-        with FleetLink(site.url, certificates / "tls.pem", Path(site.keys) / "tls.key",
-                       self._trust / "issuing-coordinator.pem", proxy=site.proxy,
-                       proxy_ca=Path(site.proxy_ca) if site.proxy_ca else None) as link:
+        with open_link(self._site) as link:
             link.connect()  # signs the time too: a wrong clock is refused
         return f"the coordinator accepts this site's certificate and clock ({time.monotonic() - start:.2f} s)"
 
@@ -142,13 +137,10 @@ class Doctor:
                 f"until {papers.contract.expires}")
 
     def _model(self) -> str:
-        from strategies.model import folder_digests
+        from strategies.model import check_folder
 
-        terms = Papers.load(self._site, record=False).contract.model
-        if folder_digests(Path(self._settings.model.path)) != (terms.weights, terms.tokenizer):
-            raise Refused("model.digest", "Weights or tokenizer differ from the contract's.",
-                          "Install exactly the base model that the contract names.")
-        return "weights and tokenizer are the contract's"
+        check_folder(Path(self._settings.model.path), Papers.load(self._site, record=False).contract.model)
+        return "weights, tokenizer and chat template are the contract's"
 
     def _data(self) -> str:
         from privacy.population import Population

@@ -1,9 +1,9 @@
 """The site's end of Flower's Fleet API: pull a message, hand it to the installed app, push the reply.
 
 All that this side knows of Flower's internals (1.41; tests/transport/ is their contract). Guarantees: only installed
-code runs (nothing here can fetch or load an app bundle); only a server with a certificate of the given issuing CA and
-the right host name is spoken to, redirects are not followed; a message that the coordinator hands out again reaches the
-app again (whose handlers answer with stored bytes); nothing of the coordinator's texts is logged.
+code runs (nothing here can fetch or load an app bundle); only a server with a certificate of the given issuing CA, with
+the right host name and not revoked is spoken to, redirects are not followed; a message that the coordinator hands out
+again reaches the app again (whose handlers answer with stored bytes); nothing of the coordinator's texts is logged.
 
 Stopping: `stop` wakes a thread that deactivates the node, which makes the coordinator answer the held poll at once,
 and that then shuts the sockets down in case it doesn't. So `run` ends within 2 s, or when the running handler ends.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import random
-import socket
 import ssl
 import threading
 from collections.abc import Callable
@@ -22,11 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.request import getproxies, proxy_bypass
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from flwr.app import Context, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -52,8 +48,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fl_client.app import Handler, StageRefused, Vector, build_app, dispatch
-from privacy.errors import ConsiloError, Refused, Unreachable, UsageError
-from privacy.files import read_private
+from fl_client.link_tls import CheckServer, Sockets, check_url, identity, proxy_for
+from privacy.errors import ConsiloError, Refused, Unreachable
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 log = logging.getLogger("consilo.link")
@@ -69,33 +65,35 @@ BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, Asser
 
 class FleetLink:
     """One site's connection. url: `https://host:port`. tls_cert, tls_key: the site's PEM files; one P-256 key serves
-    TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted. proxy: of HTTP
+    TLS and Flower's node identity. server_ca: the coordinators' issuing CA, the only one that is trusted. check: raises
+    Refused for a server's certificate, at the handshake or at any later request (`coordinator_check`). proxy: of HTTP
     CONNECT, else that of the environment (HTTPS_PROXY, NO_PROXY); proxy_ca: for its own leg, where that is TLS too.
 
     `with FleetLink(...) as link: link.connect()` is a check of the connection; `run` closes the link itself.
     Raises UsageError `link.url`, `link.proxy`, `link.certificate`, `key.missing`; Refused `key.permissions`.
     """
 
-    def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path, *, proxy: str | None = None,
-                 proxy_ca: Path | None = None) -> None:
-        _check(url)
-        key, context = _identity(tls_cert, tls_key, server_ca)
+    def __init__(self, url: str, tls_cert: Path, tls_key: Path, server_ca: Path, *, check: CheckServer,
+                 proxy: str | None = None, proxy_ca: Path | None = None) -> None:
+        check_url(url)
+        key, context = identity(tls_cert, tls_key, server_ca)
+        way = proxy_for(url, proxy, proxy_ca)
         self.trouble = ""  # code of what keeps the link from working, or ""
         self._public = public_key_to_bytes(key.public_key())
         self._node: Any = None
-        self._sockets = _Sockets()
+        self._sockets = Sockets(check, proxied=way is not None)
         self._http = FleetHttpClient(url, verify=context, timeout=READ_S,
                                      interceptors=[self._sockets, NodeAuthHttpInterceptor(key, key.public_key())])
         self._http._client.close()
         self._http._client = httpx.Client(verify=context, timeout=httpx.Timeout(READ_S, connect=CONNECT_S), trust_env=False,
-                                          proxy=_proxy(url, proxy, proxy_ca))
+                                          proxy=way)
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="link")
 
     def connect(self) -> int:
         """Register as online; returns the node id. Messages that had no whole reply yet will be handed out again.
 
         Raises Unreachable `link.unreachable`; Refused `link.untrusted` (the server's certificate), `link.refused` (our
-        certificate), `link.roster` (our key isn't on the roster), `link.clock`.
+        certificate), `identity.*` (its revocation), `link.roster` (our key isn't on the roster), `link.clock`.
         """
         try:
             answer = self._http.ActivateNode(ActivateNodeRequest(public_key=self._public, heartbeat_interval=BEAT_S))
@@ -144,6 +142,7 @@ class FleetLink:
                 if self._node is None:
                     self.connect()
                 message = self._receive()
+                self._sockets.check()
                 self._note_trouble("")
                 wait = FIRST_WAIT_S
                 if message is not None and not stop.is_set():
@@ -216,7 +215,7 @@ class FleetLink:
             try:
                 if node is not None:
                     self._http.SendNodeHeartbeat(SendNodeHeartbeatRequest(node=node, heartbeat_interval=BEAT_S))
-            except (httpx.HTTPError, ssl.SSLError, ValueError):
+            except (ConsiloError, httpx.HTTPError, ssl.SSLError, ValueError):
                 continue  # the main loop sees it too
 
     def _leave(self, stop: threading.Event) -> None:
@@ -225,7 +224,7 @@ class FleetLink:
         try:
             if node is not None:
                 self._http.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
-        except (httpx.HTTPError, ssl.SSLError, RuntimeError):
+        except (ConsiloError, httpx.HTTPError, ssl.SSLError, RuntimeError):
             pass  # gone, or closed already: then there is nothing to leave
         self._sockets.cut()
 
@@ -233,71 +232,6 @@ class FleetLink:
         if code != self.trouble:
             log.log(logging.WARNING if code else logging.INFO, "link: %s", code or "connected")
         self.trouble = code
-
-
-class _Sockets:
-    """Flower's interceptor that learns the connections' sockets, so that another thread can end a blocked read."""
-
-    def __init__(self) -> None:
-        self._open: list[socket.socket] = []
-
-    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        context.request.extensions["trace"] = self._trace
-        return call_next(context)
-
-    def cut(self) -> None:
-        for each in self._open:
-            try:
-                socket.socket.shutdown(each, socket.SHUT_RDWR)
-            except OSError:
-                continue
-
-    def _trace(self, event: str, info: dict[str, Any]) -> None:
-        if event.endswith("start_tls.complete"):
-            self._open = [each for each in self._open if each.fileno() >= 0]
-            self._open.append(info["return_value"].get_extra_info("socket"))
-
-
-def _check(url: str) -> None:
-    try:
-        parts = httpx.URL(url)
-    except httpx.InvalidURL:
-        parts = httpx.URL("")
-    if parts.scheme != "https" or not parts.host:
-        raise UsageError("link.url", "The coordinator's address isn't an https URL.", "Use https://host:port.")
-
-
-def _proxy(url: str, proxy: str | None, proxy_ca: Path | None) -> httpx.Proxy | None:
-    """The proxy on the way, or None. It only relays: what passes through is TLS to the coordinator itself."""
-    host = httpx.URL(url).host
-    if proxy is None and not proxy_bypass(host):
-        proxy = getproxies().get("https")
-    if not proxy:
-        return None
-    try:
-        context = ssl.create_default_context(cafile=proxy_ca) if httpx.URL(proxy).scheme == "https" else None
-        return httpx.Proxy(proxy, ssl_context=context)
-    except (httpx.InvalidURL, ValueError, OSError) as e:
-        raise UsageError("link.proxy", f"The proxy's address or CA can't be used ({type(e).__name__}).",
-                         "Use http://host:port or https://host:port, and site.proxy_ca for the latter.") from e
-
-
-def _identity(tls_cert: Path, tls_key: Path, server_ca: Path) -> tuple[ec.EllipticCurvePrivateKey, ssl.SSLContext]:
-    pem = read_private(tls_key)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # checks chain and host name
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | ssl.VERIFY_X509_STRICT
-    try:
-        key = load_pem_private_key(pem, None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError("not an EC key")
-        context.load_cert_chain(tls_cert, tls_key)
-        context.load_verify_locations(server_ca)
-    except (OSError, ValueError, TypeError) as e:
-        raise UsageError("link.certificate", f"Key or certificates can't be loaded ({type(e).__name__}).",
-                         "Give tls.pem and tls.key of this site, and issuing-coordinator.pem, as the CA issued them.",
-                         ) from e
-    return key, context
 
 
 def _explain(e: Exception) -> ConsiloError:

@@ -44,13 +44,11 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
                          "Issue certificates with fl-ca, and make a new roster.")
     rule(settings.rule.name, secure=settings.secure_aggregation.enabled)
     optimizer(settings.rule.optimizer)
-    weights, tokenizer = folder_digests(Path(settings.model.path))
-    model = settings.model
+    model, digests = settings.model, folder_digests(Path(settings.model.path))
     contract = Contract(
         run=secrets.token_hex(16), purpose=settings.purpose, sign_off=settings.contract.sign_off,
         expires=_expiry(settings.contract.days), code_version=__version__, code=code_digest(),
-        model=ModelTerms(weights=weights, tokenizer=tokenizer, pooling=model.pooling, scale=model.scale,
-                         max_length=model.max_length),
+        model=ModelTerms(**digests._asdict(), pooling=model.pooling, scale=model.scale, max_length=model.max_length),
         data=DataTerms(name=settings.data.name, labels=_labels(settings), floor=settings.data.floor,
                        fields=("text", "label", "person") if settings.privacy.unit == "person" else ("text", "label")),
         lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,

@@ -45,6 +45,7 @@ from privacy.statements import parse_payload, seal, unseal
 
 ROSTER_TYPE = "application/vnd.consilo.roster+json"
 CRL_DAYS = 30
+CERTIFICATE_DAYS = 90  # of what is issued to people and machines; `fl-client renew` replaces it
 BACKDATE = timedelta(minutes=5)  # tolerated clock difference
 
 
@@ -122,7 +123,7 @@ def init(folder: Path, organisation: str, *, days: int = 1825) -> str:
     return fingerprint(root)
 
 
-def issue(folder: Path, request_json: bytes, role: Role, *, days: int = 365,
+def issue(folder: Path, request_json: bytes, role: Role, *, days: int = CERTIFICATE_DAYS,
           hosts: Sequence[str] = ()) -> IssuedFiles:
     """Certify both keys of a request (`identity.create_request`) for a role; again for the same name is a renewal.
 

@@ -51,7 +51,7 @@ def issue_command(folder: Folder,
                       "--enrolment", help="In place of --request: what came through the coordinator.")] = None,
                   role: Annotated[Role | None, typer.Option("--role", help="With --request: what it may be.")] = None,
                   host: Annotated[list[str] | None, typer.Option("--host", help="Host of a coordinator.")] = None,
-                  days: Annotated[int, typer.Option("--days", help="Validity.")] = 365,
+                  days: Annotated[int, typer.Option("--days", help="Validity.")] = ca.CERTIFICATE_DAYS,
                   as_json: Json = False) -> None:
     """Certify a request. Check by another way that a --request comes from whom it names; an --enrolment proves it."""
     if request is not None and role is not None and enrolment is None:

@@ -50,7 +50,7 @@ def make_token(folder: Path, name: str, organisation: str, *, days: int = 7) -> 
     return token, expires
 
 
-def issue(folder: Path, document: bytes, *, days: int = 365, hosts: Sequence[str] = ()) -> ca.IssuedFiles:
+def issue(folder: Path, document: bytes, *, days: int = ca.CERTIFICATE_DAYS, hosts: Sequence[str] = ()) -> ca.IssuedFiles:
     """Certify what an enrolment or a renewal asks for; answer.json in the folder returned goes back to the site.
 
     hosts: of a coordinator's renewal. Raises Refused `enrol.mac`, `enrol.other_ca`, `enrol.token_unknown`,

@@ -31,6 +31,7 @@ class Terms(BaseModel):
 class ModelTerms(Terms):
     weights: Sha256 = Field(description="digest of config and weights of the base model's folder")
     tokenizer: Sha256
+    chat_template: Sha256 | None = Field(None, description="of its text; null where the tokenizer has none")
     task: Literal["classification"] = "classification"
     pooling: Literal["mean", "cls"] = "mean"
     scale: float = Field(10.0, gt=0, description="factor on the L2-normalised sentence vector")

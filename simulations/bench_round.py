@@ -2,7 +2,8 @@
 
 This process is the coordinator (FleetServer, Exchange, RoundDriver); each site is a process of its own (FleetLink,
 SiteRound, SiteJournal with fsync). Only the trainer isn't the product's: it draws its update. Rounds with and without
-secure aggregation alternate between the same processes. docs/benchmarks.md documents every field.
+secure aggregation alternate between the same processes; stock Flower (bench_flower) plays before and after them.
+docs/benchmarks.md documents every field.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fl_client.app import Handler, Reply, Vector
 from fl_client.approval import approve, approved
 from fl_client.journal import SiteJournal
 from fl_client.link import FleetLink, build_app
+from fl_client.link_tls import coordinator_check
 from fl_client.policy import SitePolicy, accept
 from fl_client.round import SiteRound
 from fl_server.exchange import Exchange
@@ -43,14 +45,15 @@ from privacy.secagg import transcript as tr
 from privacy.secagg.peers import certificate_check
 from privacy.signing import code_digest
 from simulations.bench import environment
+from simulations.bench_flower import Stock
 from strategies.adapter import AdapterSpec, Tensors, initial
 
 COORDINATOR, MODES = "coordinator", ("masked", "plain")
+HOSTS = ["localhost", "127.0.0.1"]  # Flower's own processes use the address
 RANGE = 1.0  # C; updates are uniform in it
 GOAL_S = 2.0
 START_S, STAGE_S, LEAVE_S = 120.0, 60.0, 60.0  # a machine may be busy
 POLICY = SitePolicy(approver="bench", allow_non_private=True, reveal_update=True)
-NO_FLOWER = "FedAvg of stock Flower needs a SuperLink, SuperNodes and an app bundle of their own: not the same run"
 
 
 class Drawn:
@@ -86,7 +89,12 @@ def run(*, sites: int, dim: int, rounds: int) -> dict[str, Any]:
                                          check_certificate=certificate_check(TrustStore.load(trust)),
                                          certificates={n: roster[n].sign for n in names})
                        for mode, contract in contracts.items()}
-            measured = _measure(drivers, spec, rounds, [os.getpid(), *(p.pid for p in processes)])
+            with Stock(folder / "flower", sites=sites, dim=dim, certificate=issued / "tls.pem",
+                       key=folder / "keys" / COORDINATOR / "tls.key", roots=_roots(trust)) as stock:
+                stock.play(rounds - rounds // 2)
+                measured = _measure(drivers, spec, rounds, [os.getpid(), *(p.pid for p in processes)])
+                stock.play(rounds // 2)
+            _compare(measured, stock)
     return {"bench": "round", "sites": sites, "dim": dim, "rounds": rounds, "environment": at_start,
             "threshold": contracts["masked"].secagg.threshold} | measured
 
@@ -117,21 +125,32 @@ def _measure(drivers: Mapping[str, RoundDriver], spec: AdapterSpec, rounds: int,
     return {"overhead_s": overhead, "overhead_cpu_s": median(cpu["masked"]) if cpu["masked"] else None,
             "plain_s": median(wall["plain"]), "plain_cpu_s": median(cpu["plain"]) if cpu["plain"] else None,
             "ratio_plain_round": median(m / p for m, p in zip(wall["masked"], wall["plain"], strict=True)),
-            "ratio_stock_flower": None, "ratio_stock_flower_why": NO_FLOWER,
             "exact": max(errors) <= bound, "max_error": max(errors), "error_bound": bound,
             "goals": {"overhead_s": {"value": overhead, "limit": GOAL_S, "met": overhead <= GOAL_S}},
             "samples": {"wall": wall, "cpu": cpu}}
 
 
+def _compare(measured: dict[str, Any], stock: Stock) -> None:
+    """Adds stock Flower's figures; null, and why, where it couldn't be run."""
+    done = stock.why is None
+    measured |= {"stock_flower_s": median(stock.wall) if done else None,
+                 "stock_flower_cpu_s": median(stock.cpu) if done else None,
+                 "ratio_stock_flower": measured["overhead_s"] / median(stock.wall) if done else None,
+                 "ratio_stock_flower_why": stock.why}
+    measured["samples"]["wall"]["stock_flower"], measured["samples"]["cpu"]["stock_flower"] = stock.wall, stock.cpu
+
+
 def render(found: dict[str, Any]) -> str:
     """The same for people."""
-    goal, cpu = found["goals"]["overhead_s"], found["overhead_cpu_s"]
+    goal, cpu, ratio = found["goals"]["overhead_s"], found["overhead_cpu_s"], found["ratio_stock_flower"]
     return "\n".join((
         f"{found['sites']} sites, {found['dim']} values, {found['rounds']} rounds without training, mTLS on loopback",
         f"means right: {'yes' if found['exact'] else 'NO'} (error {found['max_error']:.3g} of {found['error_bound']:.3g})",
         f"a round: {found['overhead_s']:.3f} s (goal {goal['limit']} {'met' if goal['met'] else 'MISSED'}), CPU of all "
         f"processes {'unknown' if cpu is None else f'{cpu:.3f} s'}",
-        f"masks off: {found['plain_s']:.3f} s; ratio {found['ratio_plain_round']:.2f}"))
+        f"masks off: {found['plain_s']:.3f} s; ratio {found['ratio_plain_round']:.2f}",
+        f"stock Flower: {found['ratio_stock_flower_why']}" if ratio is None else
+        f"stock Flower: {found['stock_flower_s']:.3f} s, CPU {found['stock_flower_cpu_s']:.3f} s; ratio {ratio:.3f}"))
 
 
 def site(folder: Path, name: str, port: int, dim: int) -> None:
@@ -155,7 +174,8 @@ def site(folder: Path, name: str, port: int, dim: int) -> None:
         stop.set()
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-    FleetLink(f"https://localhost:{port}", issued / "tls.pem", keys / "tls.key", trust / "issuing-coordinator.pem").run(
+    FleetLink(f"https://localhost:{port}", issued / "tls.pem", keys / "tls.key", trust / "issuing-coordinator.pem",
+              check=coordinator_check(trust)).run(
         build_app(_either({digest: each.handlers() for digest, each in served.items()})), None, stop)
     journal.close()
 
@@ -203,7 +223,7 @@ def _consortium(folder: Path, names: Sequence[str]) -> dict[str, ca.RosterEntry]
     ca.init(trust, "Bench consortium", days=1)
     for name, role in (dict.fromkeys(names, Role.SITE) | {COORDINATOR: Role.COORDINATOR}).items():
         request = create_request(folder / "keys" / name, name, f"Organisation of {name}")
-        ca.issue(trust, request, role, days=1, hosts=["localhost"] if role is Role.COORDINATOR else [])
+        ca.issue(trust, request, role, days=1, hosts=HOSTS if role is Role.COORDINATOR else [])
     return {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust))}
 
 
@@ -222,6 +242,13 @@ def _contracts(folder: Path, signers: Mapping[str, str], rounds: int) -> dict[st
                       for name, signer in signers.items()]}))
         FileLayer().write_atomic(folder / f"{mode}.json", contracts[mode].to_bytes())
     return contracts
+
+
+def _roots(trust: Path) -> Path:
+    """A bundle for clients that take no intermediate CA for an anchor."""
+    bundle = trust / "roots.pem"
+    FileLayer().write_atomic(bundle, read_file(trust / "root.pem") + read_file(trust / "issuing-coordinator.pem"))
+    return bundle
 
 
 def _spec(dim: int) -> AdapterSpec:

@@ -12,12 +12,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.canonical import labelled_hash
+from privacy.canonical import digest, labelled_hash
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import Refused, UsageError
 from strategies.adapter import HEAD, AdapterSpec
@@ -44,8 +44,16 @@ class Batch:
         return Batch(self.input_ids[rows], self.mask[rows], self.hidden[rows])
 
 
-def folder_digests(folder: Path) -> tuple[str, str]:
-    """(weights, tokenizer): hex hashes over config.json + *.safetensors, and over the tokenizer's files.
+class FolderDigests(NamedTuple):
+    """Lowercase hex hashes of a model folder, under the names that they have in a contract."""
+
+    weights: str
+    tokenizer: str
+    chat_template: str | None
+
+
+def folder_digests(folder: Path) -> FolderDigests:
+    """Over config.json + *.safetensors, over the tokenizer's files, and over its chat template's text, if it has one.
 
     Raises UsageError `model.missing`, and Refused `model.pickle` for a folder that brings pickled weights only.
     """
@@ -57,7 +65,25 @@ def folder_digests(folder: Path) -> tuple[str, str]:
         raise UsageError("model.missing", f"{folder.name} is no Hugging Face folder with safetensors weights.",
                          "Give the folder with config.json and *.safetensors.")
     tokenizer = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    return _digest([folder / "config.json", *weights]), _digest(tokenizer)
+    return FolderDigests(_digest([folder / "config.json", *weights]), _digest(tokenizer), _chat_template(folder))
+
+
+def check_folder(folder: Path, terms: ModelTerms) -> None:
+    """Raises Refused `model.digest` when the folder isn't the contract's base model; also as `folder_digests`."""
+    if folder_digests(folder) != (terms.weights, terms.tokenizer, terms.chat_template):
+        raise Refused("model.digest", "The base model, its tokenizer or chat template differs from the contract's.",
+                      "Install the model that the contract names, unchanged.")
+
+
+def _chat_template(folder: Path) -> str | None:
+    """As transformers finds it: a file of its own comes before the tokenizer's configuration."""
+    file, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    template: Any = None
+    if file.is_file():
+        template = file.read_text(encoding="utf-8")
+    elif settings.is_file():
+        template = json.loads(settings.read_bytes()).get("chat_template")
+    return None if template is None else digest(template)
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -193,9 +219,7 @@ class _Caught(Exception):
 
 def build(folder: Path, contract: Contract) -> TextClassifier:
     """The contract's model. Raises Refused `model.digest` when the folder isn't the contract's base model."""
-    if folder_digests(folder) != (contract.model.weights, contract.model.tokenizer):
-        raise Refused("model.digest", "The base model or tokenizer differs from the contract's.",
-                      "Install the model that the contract names, unchanged.")
+    check_folder(folder, contract.model)
     return TextClassifier(folder, contract.model, contract.lora, len(contract.data.labels))
 
 

@@ -92,11 +92,10 @@ def tiny_contract(tiny_model: Path, tiny_labels: tuple[str, ...]) -> Callable[..
         from privacy.canonical import canonical
         from privacy.signing import code_digest
 
-        weights, tokenizer = folder_digests(tiny_model)
         terms: dict[str, Any] = {
             "run": "0" * 32, "purpose": "test", "code_version": __version__,
             "code": code_digest(), "expires": "2099-01-01T00:00:00Z",
-            "model": {"weights": weights, "tokenizer": tokenizer, "max_length": 16},
+            "model": {**folder_digests(tiny_model)._asdict(), "max_length": 16},
             "data": {"name": "tiny", "labels": list(tiny_labels), "floor": 50},
             "lora": {"r": 2, "alpha": 8.0},
             "rule": {},

@@ -16,6 +16,8 @@ import pytest
 from control_kit import HOST, RUN, Running, World, approval, running, secrets_of
 from evidence_fixture import statement_path
 
+from conf.settings import SiteSettings
+from fl_client.approval import hand_in
 from fl_client.control import ControlClient
 from privacy import ca
 from privacy.bundle import read_bundle
@@ -243,6 +245,20 @@ def test_approval_counts_once(own: Running) -> None:
         assert code(UsageError, own.client("clinic-c").approve, digest, bytes(size)) == "control.too_large"
     assert code(UsageError, own.client("clinic-c").approve, "0" * 64, b"x") == "control.not_found"
     assert code(Refused, own.client("engineer").approve, digest, b"x") == "control.role"
+
+
+def test_an_approval_is_handed_in_or_the_reason_is_told(own: Running, tmp_path: Path) -> None:
+    contract, at = own.world.contract, own.root / "at-clinic-a"
+    own.client("clinic-a")
+    site = SiteSettings(control_url=own.url, keys=str(at), certificates=str(at))
+    path = tmp_path / "approval.json"
+    path.write_bytes(approval(own.world.parties.signers["clinic-a"], contract.digest))
+    assert hand_in(site, contract, path) is None
+    kept = own.store.root / "contracts" / contract.digest / "approvals" / "clinic-a.json"
+    assert kept.read_bytes() == path.read_bytes()
+    path.write_bytes(b"another")
+    assert hand_in(site, contract, path) == "control.approved"
+    assert hand_in(site.model_copy(update={"control_url": "https://localhost:1"}), contract, path) == "control.unreachable"
 
 
 def test_only_a_contract_with_its_own_digest_is_published(own: Running) -> None:

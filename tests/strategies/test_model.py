@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoTokenizer
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import ConsiloError, Refused, UsageError
 from strategies.adapter import HEAD, initial
-from strategies.model import ENCODE_BATCH, TOKENIZER_FILES, TextClassifier, build, folder_digests
+from strategies.model import ENCODE_BATCH, TOKENIZER_FILES, TextClassifier, build, check_folder, folder_digests
 
 TEXTS = ["a cough", "", "my chest hurt very much since monday and my breath is slow " * 3, "rash ?!", "pulse pulse"]
 CLASSES = 3
@@ -221,6 +221,26 @@ def test_smuggled_file_changes_the_digest(folder: Path, name: str) -> None:
     assert name in TOKENIZER_FILES or name.endswith(".safetensors")
     (folder / name).write_bytes(b"{}")
     assert folder_digests(folder) != before
+
+
+def test_the_chat_template_has_a_digest_of_its_own(folder: Path, tiny_contract: Make) -> None:
+    """A file of its own comes before the tokenizer's configuration; its text counts, wherever it stands."""
+    terms = tiny_contract().model
+    assert folder_digests(folder).chat_template is None
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    inside = folder_digests(folder)
+    assert inside.chat_template is not None
+    agreed = terms.model_copy(update=inside._asdict())
+    check_folder(folder, agreed)
+    for wrong in (None, "0" * 64):
+        with pytest.raises(Refused, match=r"model\.digest"):
+            check_folder(folder, agreed.model_copy(update={"chat_template": wrong}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    assert folder_digests(folder).chat_template == inside.chat_template
+    (folder / "chat_template.jinja").write_text("{{ messages }}!")
+    assert folder_digests(folder).chat_template != inside.chat_template
 
 
 def test_code_in_a_model_folder_is_never_run(folder: Path) -> None:

@@ -37,6 +37,7 @@ from transport_kit import HOST, Pki, link_to, server, serving
 
 from fl_client import link as link_module
 from fl_client.link import FleetLink, StageRefused, build_app
+from fl_client.link_tls import coordinator_check
 from fl_server import fleet_grid, fleet_guard
 from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note
 from fl_server.fleet import FleetServer
@@ -77,6 +78,10 @@ def _close_attackers() -> Iterator[None]:
     yield
     while OPEN:
         OPEN.pop().close()
+
+
+def anyone(server: x509.Certificate) -> None:
+    """What a link without the check of the server's certificate takes."""
 
 
 def connect(link: FleetLink) -> int:
@@ -173,6 +178,53 @@ def test_revoked_while_connected(pki: Pki, tmp_path: Path) -> None:
         with pytest.raises(Unreachable):
             leaving.connect()
         staying.connect()
+
+
+@pytest.fixture
+def hub(pki: Pki, tmp_path: Path) -> Iterator[tuple[FleetServer, Path]]:
+    """A coordinator of its own, and a site's trust folder that doesn't know yet of its revocation."""
+    name = f"hub-{tmp_path.name}"
+    pki.enrol(name, Role.COORDINATOR)
+    shutil.copytree(pki.cert(name).parent / "trust", tmp_path / "trust")
+    with server(pki, certificate=pki.cert(name), key=pki.key(name)) as running:
+        ca.revoke(pki.trust, name)
+        yield running, tmp_path / "trust"
+
+
+def test_attack_revoked_coordinator(hub: tuple[FleetServer, Path], pki: Pki) -> None:
+    fleet, trust = hub
+    assert connect(link_to(fleet, pki, "a", check=coordinator_check(trust))) == fleet.nodes["a"]
+    with pytest.raises(Refused, match=r"identity\.revoked"):
+        connect(link_to(fleet, pki, "a"))
+
+
+def test_attack_coordinator_revoked_while_connected(hub: tuple[FleetServer, Path], pki: Pki) -> None:
+    """Not one more request over the connection that is open; then none over a new one."""
+    fleet, trust = hub
+    with link_to(fleet, pki, "a", check=coordinator_check(trust)) as link:
+        link.connect()
+        shutil.copy(pki.crl(Role.COORDINATOR), trust)
+        for _ in range(2):
+            with pytest.raises(Refused, match=r"identity\.revoked"):
+                link.connect()
+
+
+def test_attack_coordinator_revoked_while_a_poll_is_held(hub: tuple[FleetServer, Path], pki: Pki) -> None:
+    """What the held answer brings isn't handled any more."""
+    fleet, trust = hub
+    handled: list[bytes] = []
+
+    def handle(body: bytes, arrays: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+        handled.append(body)
+        shutil.copy(pki.crl(Role.COORDINATOR), trust)
+        return body, arrays
+
+    link, exchange = link_to(fleet, pki, "a", check=coordinator_check(trust)), Exchange(fleet.grid, fleet.nodes)
+    with serving(link, build_app({"train.update": handle})):
+        assert exchange.wait_online(["a"], 5)
+        for note in (b"first", b"second"):
+            exchange.ask("update", {"a": Note(note)}, deadline_s=1)
+        assert handled == [b"first"] and link.trouble == "identity.revoked"
 
 
 def test_certified_but_not_on_the_roster(fleet: FleetServer, pki: Pki) -> None:
@@ -396,13 +448,14 @@ def test_server_certified_by_the_sites_issuing_ca(pki: Pki, tmp_path: Path) -> N
     (tmp_path / "fake.pem").write_bytes(
         builder.sign(issuer_key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
     with server(pki, certificate=tmp_path / "fake.pem") as fake:
-        assert connect(link_to(fake, pki, "a", server_ca=pki.issuing(Role.SITE)))  # who trusts that CA takes it
+        assert connect(link_to(fake, pki, "a", server_ca=pki.issuing(Role.SITE), check=anyone))  # with that CA
         with pytest.raises(Refused, match=r"link\.untrusted"):
             connect(link_to(fake, pki, "a"))
 
 
 def test_server_under_another_host_name(fleet: FleetServer, pki: Pki) -> None:
-    wrong = FleetLink(f"https://localhost:{fleet.port}", pki.cert("a"), pki.key("a"), pki.issuing(Role.COORDINATOR))
+    wrong = FleetLink(f"https://localhost:{fleet.port}", pki.cert("a"), pki.key("a"), pki.issuing(Role.COORDINATOR),
+                      check=anyone)
     with pytest.raises(Refused, match=r"link\.untrusted"):
         connect(wrong)
 
@@ -429,7 +482,7 @@ def test_redirect_is_not_followed(pki: Pki) -> None:
         thread = threading.Thread(target=evil.serve_forever, args=(0.05,))
         thread.start()
         link = FleetLink(f"https://{HOST}:{evil.server_port}", pki.cert("a"), pki.key("a"),
-                         pki.issuing(Role.COORDINATOR))
+                         pki.issuing(Role.COORDINATOR), check=anyone)
         with pytest.raises(Unreachable):
             connect(link)
         evil.shutdown()
@@ -575,14 +628,14 @@ def test_bad_files(pki: Pki, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"key\.permissions"):
         server(pki, key=open_key)
     with pytest.raises(Refused, match=r"key\.permissions"):
-        FleetLink(url, ok[0], open_key, ok[2])
+        FleetLink(url, ok[0], open_key, ok[2], check=anyone)
     with pytest.raises(UsageError, match=r"link\.certificate"):
-        FleetLink(url, junk, *ok[1:])
+        FleetLink(url, junk, *ok[1:], check=anyone)
     for wrong in ("http://x:1", "https://x:port", "x:1", "https://"):
         with pytest.raises(UsageError, match=r"link\.url"):
-            FleetLink(wrong, *ok)
+            FleetLink(wrong, *ok, check=anyone)
     with pytest.raises(Unreachable, match=r"link\.unreachable"):
-        connect(FleetLink(url, *ok))
+        connect(FleetLink(url, *ok, check=anyone))
 
 
 def test_app_without_the_category() -> None:

@@ -144,6 +144,22 @@ def test_attack_a_proxy_that_opens_tls(pki: Pki, own_ca: tuple[Path, ssl.SSLCont
     listener.close()
 
 
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_attack_revoked_coordinator_behind_a_proxy(pki: Pki, own_ca: tuple[Path, ssl.SSLContext], scheme: str) -> None:
+    """The certificate inside the tunnel is the one that counts, not the proxy's own."""
+    pki.enrol(f"hub-{scheme}", Role.COORDINATOR)
+    root, context = own_ca
+    with server(pki, certificate=pki.cert(f"hub-{scheme}"), key=pki.key(f"hub-{scheme}")) as fleet, \
+            connect_proxy(context if scheme == "https" else None) as (port, _):
+        proxy = f"{scheme}://localhost:{port}"
+        with link_to(fleet, pki, "a", proxy=proxy, proxy_ca=root) as link:
+            assert link.connect() == fleet.nodes["a"]
+        ca.revoke(pki.trust, f"hub-{scheme}")
+        with link_to(fleet, pki, "a", proxy=proxy, proxy_ca=root) as link, \
+                pytest.raises(Refused, match=r"identity\.revoked"):
+            link.connect()
+
+
 def test_a_proxy_that_refuses(pki: Pki) -> None:
     with server(pki) as fleet, connect_proxy(answer=b"HTTP/1.1 403 Forbidden\r\n\r\n") as (port, _), \
             link_to(fleet, pki, "a", proxy=f"http://{HOST}:{port}") as link, \
@@ -154,4 +170,5 @@ def test_a_proxy_that_refuses(pki: Pki) -> None:
 @pytest.mark.parametrize("proxy", ["ftp://x", "nonsense", "https://x:y"])
 def test_a_proxy_that_is_none(pki: Pki, proxy: str) -> None:
     with pytest.raises(UsageError, match=r"link\.proxy"):
-        FleetLink(f"https://{HOST}:1", pki.cert("a"), pki.key("a"), pki.issuing(Role.COORDINATOR), proxy=proxy)
+        FleetLink(f"https://{HOST}:1", pki.cert("a"), pki.key("a"), pki.issuing(Role.COORDINATOR),
+                  check=lambda _: None, proxy=proxy)

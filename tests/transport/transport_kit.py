@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fl_client.link import FleetLink, build_app
+from fl_client.link_tls import coordinator_check
 from fl_server.exchange import Exchange
 from fl_server.fleet import FleetServer
 from privacy import ca, identity
@@ -29,6 +30,10 @@ class Pki:
 
     def cert(self, name: str) -> Path:
         return self.root / "ca" / "issued" / name / "tls.pem"
+
+    @property
+    def trust(self) -> Path:
+        return self.root / "ca"
 
     def issuing(self, role: Role) -> Path:
         return self.root / "ca" / f"issuing-{role}.pem"
@@ -50,7 +55,7 @@ def server(pki: Pki, **changes: Any) -> FleetServer:
 
 def link_to(fleet: FleetServer, pki: Pki, name: str, **changes: Any) -> FleetLink:
     settings: dict[str, Any] = {"tls_cert": pki.cert(name), "tls_key": pki.key(name),
-                                "server_ca": pki.issuing(Role.COORDINATOR)}
+                                "server_ca": pki.issuing(Role.COORDINATOR), "check": coordinator_check(pki.trust)}
     return FleetLink(f"https://{HOST}:{fleet.port}", **{**settings, **changes})
 
 
