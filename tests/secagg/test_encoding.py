@@ -101,7 +101,9 @@ def test_a_value_outside_counts_as_the_end_of_its_range() -> None:
     """With a weight as well: a site can't make up for a low weight by sending more."""
     encoding = Encoding(bits=16, ring=32, cohort=3, ranges=((3, 1.0), (3, 0.1)))
     x = np.array([1, 5, -3e38, 0.1, 1, -1], np.float32)
-    assert encoding.encode(x, 1.0).view(np.int32).tolist() == [32767, 32767, -32767, 32767, 32767, -32767]
+    full = words(encoding, x, 1.0).view(np.int32)
+    assert np.abs(full - np.sign(x) * 32767).max() <= 1  # the last float32 inside is below 0.1, so rounding may go down
+    assert full[:3].tolist() == [32767, 32767, -32767]
     half = words(encoding, x, 0.5).view(np.int32)
     assert np.abs(half - np.sign(x) * 16383.5).max() == 0.5
 
