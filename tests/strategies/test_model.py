@@ -223,7 +223,7 @@ def test_smuggled_file_changes_the_digest(folder: Path, name: str) -> None:
     assert folder_digests(folder) != before
 
 
-def test_the_chat_template_has_a_digest_of_its_own(folder: Path, tiny_contract: Make) -> None:
+def test_the_chat_template_has_a_digest_of_its_own(folder: Path, tiny_contract: Callable[..., Contract]) -> None:
     """A file of its own comes before the tokenizer's configuration; its text counts, wherever it stands."""
     terms = tiny_contract().model
     assert folder_digests(folder).chat_template is None
