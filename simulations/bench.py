@@ -100,9 +100,9 @@ def secagg_command(
 def round_command(
         sites: Annotated[int, typer.Option(min=3, max=32, help="Size of the cohort, a process each.")] = 4,
         dim: Annotated[int, typer.Option(min=1, max=2**26, help="Values in an update.")] = 1_000_000,
-        rounds: Annotated[int, typer.Option(min=1, help="Rounds with and as many without masks; medians are reported.")] = 5,
+        rounds: Annotated[int, typer.Option(min=1, help="Rounds with masks, without, and of stock Flower, each.")] = 5,
         as_json: Json = False) -> None:
-    """A whole round without training: real processes over mutual TLS on loopback, beside the same with masks off.
+    """A whole round without training: real processes over mutual TLS on loopback, beside masks off and stock Flower.
 
     Exits with 1 if a mean is wrong.
     """

@@ -7,7 +7,7 @@ import socket
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +19,31 @@ from simulations.cli import app
 
 CONTRACT = {"overhead_s", "overhead_cpu_s", "ratio_plain_round", "ratio_stock_flower"}
 SMALL = ["bench", "round", "--sites", "3", "--dim", "10", "--rounds", "1", "--json"]
+
+
+class Stock:
+    """Stock Flower's place: it takes 4 s a round."""
+
+    played: ClassVar[list[int]]
+
+    def __init__(self, folder: Path, **_: Any) -> None:
+        self.wall, self.cpu, self.why = list[float](), list[float](), None
+        Stock.played = []
+
+    def __enter__(self) -> Stock:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def play(self, rounds: int) -> None:
+        Stock.played.append(rounds)
+        self.wall += [4.0] * rounds
+        self.cpu += [8.0] * rounds
+
+
+@pytest.fixture(autouse=True)
+def stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_round, "Stock", Stock)
 
 
 @pytest.fixture
@@ -51,9 +76,11 @@ def _assert_gone(started: list[subprocess.Popen[bytes]]) -> None:
 def test_masked_and_plain_rounds_alternate_and_their_means_are_right(
         capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, started: list[subprocess.Popen[bytes]]) -> None:
     played, attempt = list[tuple[bool, bool, tuple[str, ...]]](), RoundDriver.attempt
+    stock_played = list[list[int]]()
 
     def noted(driver: RoundDriver, *args: Any) -> Mean:
         mean = attempt(driver, *args)
+        stock_played.append([*Stock.played])
         played.append((driver.contract.secagg.enabled, bool(mean.transcript), mean.sites))
         return mean
 
@@ -61,15 +88,26 @@ def test_masked_and_plain_rounds_alternate_and_their_means_are_right(
     code, found = _json(capsys)
     names = ("site-0", "site-1", "site-2")
     assert played == [(True, True, names), (False, False, names)] * 2  # the first of each isn't counted
+    assert (stock_played, Stock.played) == ([[1]] * 4, [1, 0])
     assert (code, found["exact"]) == (0, True)
     assert found.keys() >= CONTRACT | {"plain_s", "plain_cpu_s", "environment", "goals", "samples", "ratio_stock_flower_why"}
-    assert found["ratio_stock_flower"] is None
     assert 0 < found["max_error"] <= found["error_bound"] < 1.2e-7 + 3.1e-8
     wall, goal = found["samples"]["wall"], found["goals"]["overhead_s"]
     assert found["overhead_s"] == wall["masked"][0] == goal["value"]
     assert found["ratio_plain_round"] == pytest.approx(wall["masked"][0] / wall["plain"][0], rel=1e-4)
+    assert found["ratio_stock_flower"] == pytest.approx(found["overhead_s"] / 4, rel=1e-4)
+    assert (found["stock_flower_s"], found["stock_flower_cpu_s"], found["ratio_stock_flower_why"]) == (4, 8, None)
     assert goal["met"] == (goal["value"] <= goal["limit"])
     _assert_gone(started)
+
+
+def test_stock_flower_that_cannot_be_run_is_told_and_leaves_our_figures() -> None:
+    found: dict[str, Any] = {"overhead_s": 1.0, "samples": {"wall": {}, "cpu": {}}}
+    absent: Any = SimpleNamespace(why="not installed: flwr", wall=[9.0], cpu=[9.0])
+    bench_round._compare(found, absent)
+    assert found == {"overhead_s": 1.0, "stock_flower_s": None, "stock_flower_cpu_s": None, "ratio_stock_flower": None,
+                     "ratio_stock_flower_why": "not installed: flwr",
+                     "samples": {"wall": {"stock_flower": [9.0]}, "cpu": {"stock_flower": [9.0]}}}
 
 
 def test_without_its_sites_it_says_which_are_missing_and_leaves_nothing_behind(
