@@ -82,7 +82,9 @@ class Vocabulary:
     def __init__(self, folder: Path, max_length: int) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         base = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
                                          dtype=torch.float32).eval()
         if base.config.model_type != "bert":
