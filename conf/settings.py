@@ -92,6 +92,7 @@ class ServerSettings(Terms):
     keys: str = "keys"
     certificates: str = "certificates"
     roster: str = "roster.json"
+    log: str = Field("log", description="folder of the transparency log; one for all runs of a coordinator")
     store: str = Field("control", description="folder that the control plane serves (docs/control-plane.md)")
     control_port: int | None = Field(None, ge=0, le=65535, description="null: no control plane in this process")
     enrol_port: int | None = Field(None, ge=0, le=65535, description="null: no enrolment over the network")

@@ -19,6 +19,7 @@ from fl_client.policy import SitePolicy, accept, load_policy
 from fl_client.round import SiteRound
 from fl_client.sandbox import Sandbox
 from fl_client.supervisor import TrainerProcess
+from fl_client.witness import Witness
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
@@ -184,8 +185,9 @@ class Agent:
                 encumber(ledger, self.contract, site.name, policy)
             self.round = SiteRound(self.contract, site.name, trainer=trainer, policy=policy, signer=signer,
                                    check_certificate=certificate_check(WatchedTrust(trust, [Role.SITE])),
-                                   journal=journal, ledger=ledger,
-                                   approval=approval)
+                                   journal=journal, ledger=ledger, approval=approval,
+                                   witness=Witness(state, site.name, signer, certificate_check(
+                                       WatchedTrust(trust, [Role.COORDINATOR]), Role.COORDINATOR)))
             self._site, self._held = site, held.pop_all()
 
     def run(self, stop: threading.Event) -> None:

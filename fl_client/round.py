@@ -1,8 +1,8 @@
 """The round as a site sees it, from top to bottom. The coordinator's side is fl_server/round.py.
 
-accept -> [update -> shares -> masked -> vote -> unmask] for each attempt -> closing. A handler gets a body and vectors and
-returns the same; it refuses with a `SiteCode` and nothing else. A byte-identical repetition of a stage's message gets
-the stored reply; nothing is ever computed twice.
+accept -> [update -> shares -> masked -> vote -> unmask -> witness] for each attempt -> closing. A handler gets a body
+and vectors and returns the same; it refuses with a `SiteCode` and nothing else. A byte-identical repetition of a stage's
+message gets the stored reply; nothing is ever computed twice.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fl_client.policy import SitePolicy
 from fl_client.replies import Replies
 from fl_client.statements import SiteStatements
 from fl_client.training import Trainer
+from fl_client.witness import Witness
 from privacy import stages
 from privacy.canonical import parse
 from privacy.contract import Contract, Terms, validate
@@ -37,6 +38,7 @@ from privacy.signing import Approval
 from strategies.adapter import adapter_digest, initial
 
 B = TypeVar("B", bound=Terms)
+A = TypeVar("A", stages.Ask, stages.Checkpoint)
 Update = NDArray[np.float32]
 NOTHING: Ring = np.zeros(0, np.uint32)
 SESSION_S = 3600.0  # from M1 on
@@ -47,10 +49,10 @@ class SiteRound:
 
     def __init__(self, contract: Contract, site: str, *, trainer: Trainer, policy: SitePolicy, signer: Signer,
                  check_certificate: CheckCertificate, journal: SiteJournal, ledger: Ledger | None,
-                 approval: Approval) -> None:
+                 approval: Approval, witness: Witness) -> None:
         self.contract, self.site, self._trainer, self._policy = contract, site, trainer, policy
         self._signer, self._check_certificate = signer, check_certificate
-        self._journal, self._ledger, self._approval = journal, ledger, approval
+        self._journal, self._ledger, self._approval, self._witness = journal, ledger, approval, witness
         self._terms = contract.site(site)
         self._index = [s.name for s in contract.sites].index(site)
         start = initial(trainer.spec, contract.lora.seed)
@@ -67,17 +69,18 @@ class SiteRound:
         """By message type, for `build_app`."""
         work = {"query.accept": self._accept, "train.update": self._update, "train.shares": self._shares,
                 "train.masked": self._masked, "train.vote": self._vote, "train.unmask": self._unmask,
-                "query.closing": self._closing}
+                "query.witness": self._cosign, "query.closing": self._closing}
         return {name: self._replies.once(name, handler) for name, handler in work.items()}
 
     def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
-        self._asked(body)
+        self._asked(_load(stages.Ask, body))
         said = self._statements.acceptance(self._policy, self._approval)
         return Outgoing(System(stages.dump(stages.Acceptance(statement=said))))
 
     def _update(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         """M0 and the adapter in, M1 out; in between the charge, the training and the encoding."""
         got = _load(tr.Offer, body)
+        self._witness.require_trust()
         if set(arrays) != {"adapter"}:
             raise StageRefused(SiteCode.BAD_MESSAGE)
         adapter = self._trainer.spec.unpack(arrays["adapter"])
@@ -117,8 +120,12 @@ class SiteRound:
         self._session = None
         return Outgoing(System(m9))
 
+    def _cosign(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
+        asked = self._asked(_load(stages.Checkpoint, body))
+        return Outgoing(System(stages.dump(self._witness.cosign(asked, self.contract.run, self._ledger))))
+
     def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
-        self._asked(body)
+        self._asked(_load(stages.Ask, body))
         statement, extract = self._statements.closing()
         return Outgoing(System(stages.dump(stages.Closed(statement=statement, ledger=extract.decode()))))
 
@@ -181,9 +188,10 @@ class SiteRound:
             raise StageRefused(SiteCode.STALE_ROUND)
         return self._session
 
-    def _asked(self, body: bytes) -> None:
-        if _load(stages.Ask, body).contract != self.contract.digest:
+    def _asked(self, asked: A) -> A:
+        if asked.contract != self.contract.digest:
             raise StageRefused(SiteCode.CONTRACT)
+        return asked
 
 
 def _load(model: type[B], body: bytes) -> B:

@@ -36,9 +36,10 @@ class SiteStatements:
             head, epsilon = (self._ledger.head.seq, self._ledger.head.hash), decimal(self._ledger.epsilon())
         subject = ("view", view.hex()) if view else ("masked", masked)
         return self._make("round-site", subject, {
-            "round": offer.round, "attempt": offer.attempt, "adapter_in": offer.adapter, "view": view.hex(),
-            "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
-            "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1], "epsilon": epsilon})
+            "lineage": self._ledger.lineage if self._ledger else "", "round": offer.round, "attempt": offer.attempt,
+            "adapter_in": offer.adapter, "view": view.hex(), "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip),
+            "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1],
+            "epsilon": epsilon})
 
     def closing(self) -> tuple[str, bytes]:
         """(envelope, ledger extract), both empty without a ledger. The first call closes the run; all say the same."""

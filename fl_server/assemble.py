@@ -11,6 +11,7 @@ from cryptography.x509 import Certificate
 from conf.settings import Settings
 from fl_server.evaluation import PublicSplit
 from fl_server.exchange import Exchange
+from fl_server.log import TransparencyLog
 from fl_server.round import Deadlines
 from fl_server.run import Progress, Run
 from privacy.bundle import BundleWriter
@@ -62,10 +63,10 @@ def make_run(settings: Settings, contract: Contract, exchange: Exchange, *, sign
     issuing = {str(role): read_file(trust / f"issuing-{role}.pem") for role in roles}
     bundle = BundleWriter(folder / "evidence", contract.run, contract.to_bytes(), read_file(trust / "root.pem"),
                           issuing, pems)
-    bundle.add_statement("contract", engineer.name, envelope(signature))
     model = build(Path(settings.model.path), contract)
     split = PublicSplit(model, contract, settings.data.evaluation)
     return Run(contract, model, settings.model.name, split, exchange, name=server.name, signer=signer, bundle=bundle,
+               log=TransparencyLog(Path(server.log), server.name, signer), signed=(engineer.name, envelope(signature)),
                folder=folder, deadlines=Deadlines(server.deadline_s, server.stage_deadline_s),
                check_certificate=certificate_check(WatchedTrust(trust, [Role.SITE])), certificates=certificates,
                evaluate_every=server.evaluate_every, progress=progress)

@@ -20,8 +20,10 @@ from cryptography.x509 import Certificate
 from fl_server.evaluation import PublicSplit, Score
 from fl_server.exchange import Exchange, Note
 from fl_server.journal import RunJournal
+from fl_server.log import TransparencyLog
 from fl_server.model_card import write_card
 from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
+from fl_server.witnessing import Stated, Witnessing
 from privacy import stages
 from privacy.bundle import BundleWriter
 from privacy.canonical import decimal, parse
@@ -54,12 +56,13 @@ class Result:
 
 
 class Run:
-    """`folder` receives journal.jsonl, rounds/NNNN/ (PEFT folders), adapter/, evidence/."""
+    """`folder` receives journal.jsonl, rounds/NNNN/ (PEFT folders), adapter/, evidence/. signed: the engineer's name and
+    envelope on the contract."""
 
     def __init__(self, contract: Contract, model: TextClassifier, base_name: str, split: PublicSplit,
-                 exchange: Exchange, *, name: str, signer: Signer, bundle: BundleWriter, folder: Path, deadlines: Deadlines,
-                 check_certificate: CheckCertificate, certificates: Mapping[str, Certificate], evaluate_every: int,
-                 progress: Progress) -> None:
+                 exchange: Exchange, *, name: str, signer: Signer, bundle: BundleWriter, log: TransparencyLog,
+                 signed: tuple[str, bytes], folder: Path, deadlines: Deadlines, check_certificate: CheckCertificate,
+                 certificates: Mapping[str, Certificate], evaluate_every: int, progress: Progress) -> None:
         self.contract, self._model, self._base_name, self._split = contract, model, base_name, split
         self._exchange, self._signer, self._bundle, self._folder = exchange, signer, bundle, folder
         self._deadlines, self._certificates, self._progress = deadlines, certificates, progress
@@ -67,6 +70,10 @@ class Run:
         self._spec = model.spec(rule(contract.rule.name, secure=contract.secagg.enabled).trains)
         self._driver = RoundDriver(contract, self._spec, exchange, deadlines=deadlines,
                                    check_certificate=check_certificate, certificates=certificates)
+        self._witnessing = Witnessing(log, bundle, exchange, contract, signer=signer, certificates=certificates,
+                                      deadline_s=deadlines.stage_s)
+        self._stated: list[Stated] = []  # since the last checkpoint
+        self._keep("contract", *signed)
         self._journal = RunJournal(folder / "journal.jsonl")
         self._names = [s.name for s in contract.sites]
         self._seconds: dict[str, float] = {}
@@ -76,10 +83,11 @@ class Run:
         contract, adapter = self.contract, initial(self._spec, self.contract.lora.seed)
         self._journal.write("run", run=contract.run, contract=contract.digest, rounds=contract.privacy.rounds,
                             adapter=adapter_digest(adapter))
-        before = after = self._timed("evaluation", lambda: self._split.score(adapter))
+        before = after = self._score(0, adapter)
         outcome, done, voids = "done", 0, 0
         try:
             self._accept()
+            self._publish()
             state = np.zeros(self._spec.dim, np.float32)
             self._progress({"event": "start", "accuracy": before.accuracy})
             for round_no in range(1, contract.privacy.rounds + 1):
@@ -88,19 +96,19 @@ class Run:
                 old, adapter = adapter, self._spec.add(adapter, change)
                 self._save(round_no, old, adapter, mean)
                 done = round_no
-                last = round_no == contract.privacy.rounds
-                if last or round_no % self._evaluate_every == 0:
-                    tensors = adapter
-                    after = self._timed("evaluation", lambda: self._split.score(tensors))  # noqa: B023 - called at once
+                measured = round_no == contract.privacy.rounds or round_no % self._evaluate_every == 0
+                after = self._score(round_no, adapter) if measured else after
+                self._publish()
                 self._progress({"event": "round", "round": round_no, "rounds": contract.privacy.rounds,
-                                "accuracy": after.accuracy, "measured": last or round_no % self._evaluate_every == 0})
+                                "accuracy": after.accuracy, "measured": measured})
         except BaseException as e:
-            outcome = e.code if isinstance(e, ConsiloError) else "internal.bug"
+            outcome = _code(e)
             raise
         finally:
             if done:
                 self._release(adapter, done, before, after)
             epsilon = self._close()
+            self._publish()
             self._journal.write("end", outcome=outcome)
             self._bundle.seal(self._signer)
             self._journal.close()
@@ -122,7 +130,8 @@ class Run:
                                       "Ask that site.")
             except ConsiloError as e:
                 raise void(e.code, {name: e.code}) from e
-            self._bundle.add_statement("acceptance", name, envelope)
+            self._witnessing.accepted(name, said.lineage)
+            self._keep("acceptance", name, envelope)
 
     def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Mean, int]:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
@@ -139,6 +148,10 @@ class Run:
                 voids, attempt = voids + 1, attempt + 1
                 if voids > self.contract.privacy.retries:
                     raise
+                self._publish()
+            except BaseException as e:  # what the sites charged for it must be accounted for
+                self._state_round(round_no, attempt, adapter_digest(adapter), outcome="void", reason=_code(e))
+                raise
 
     def _save(self, round_no: int, old: Tensors, new: Tensors, mean: Mean) -> None:
         """Adapter on disk first, then the journal's line: from there on the round counts."""
@@ -153,7 +166,7 @@ class Run:
                      outcome: str = "done", reason: str = "") -> None:
         """The attempt with what its sites signed: those of a void one, or outside the sum, were charged all the same."""
         for name, envelope in sorted(self._driver.statements.items()):
-            self._bundle.add_statement("round-site", name, envelope)
+            self._keep("round-site", name, envelope)
         self._state("round", ("adapter", new or old), {
             "round": round_no, "attempt": attempt, "outcome": outcome, "reason": reason, "adapter_in": old,
             "adapter_out": new, "sites": list(mean.sites) if mean else [], "view": mean.view if mean else "",
@@ -194,7 +207,7 @@ class Run:
         if (said.site, said.run, said.contract, said.ledger_seq, said.ledger_head) != (
                 name, self.contract.run, self.contract.digest, head.seq, head.hash):
             raise CheckFailed("round.statement", "A closing statement and its ledger don't fit.", "Ask that site.")
-        self._bundle.add_statement("closing", name, closed.statement.encode())
+        self._keep("closing", name, closed.statement.encode())
         self._bundle.add_ledger(name, ledger)
         return said.epsilon
 
@@ -204,8 +217,24 @@ class Run:
 
     def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
         common = {"run": self.contract.run, "contract": self.contract.digest}
-        envelope = make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate)
-        self._bundle.add_statement(kind, self._name, envelope)
+        self._keep(kind, self._name, make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate))
+
+    def _score(self, round_no: int, adapter: Tensors) -> Score:
+        """Of the public split, and said so."""
+        score: Score = self._timed("evaluation", lambda: self._split.score(adapter))
+        self._state("evaluation", ("adapter", adapter_digest(adapter)), {
+            "round": round_no, "adapter": adapter_digest(adapter), "metric_name": "accuracy",
+            "metric": decimal(score.accuracy), "split": self._split.name, "units": score.units})
+        return score
+
+    def _keep(self, kind: str, who: str, envelope: bytes) -> None:
+        self._bundle.add_statement(kind, who, envelope)
+        self._stated.append((kind, who, envelope))
+
+    def _publish(self) -> None:
+        """Log what was stated, and have the sites sign the log's head."""
+        stated, self._stated = self._stated, []
+        self._timed("witnessing", lambda: self._witnessing.publish(stated))
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -213,3 +242,7 @@ class Run:
             return work()
         finally:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _code(e: BaseException) -> str:
+    return e.code if isinstance(e, ConsiloError) else "internal.bug"

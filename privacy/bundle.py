@@ -12,19 +12,20 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from privacy.canonical import MAX_JSON_BYTES
+from privacy.canonical import MAX_JSON_BYTES, canonical
 from privacy.contract import Sha256
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
-from privacy.predicates import Kind, Predicate
+from privacy.predicates import KINDS, Kind, Predicate
 from privacy.statements import make
+from privacy.transparency import Entry, Frontier
 
 MAX_FILES = 50_000  # 100 sites over 400 rounds, with room for void ones
 MAX_FILE_BYTES = MAX_JSON_BYTES  # the largest document is a ledger extract
@@ -32,9 +33,10 @@ MAX_BUNDLE_BYTES = 512 * 2**20
 MAX_STATEMENTS = 999_999  # six digits
 
 _NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"
-_STATEMENT = re.compile(rf"statements/(\d{{6}})-(contract|acceptance|round-site|round|closing|release)-({_NAME})\.json")
-_FIXED = re.compile(rf"manifest\.json|contract\.json|certificates/{_NAME}\.pem|ledgers/{_NAME}\.jsonl")
-FOLDERS = ("certificates", "ledgers", "statements")
+_STATEMENT = re.compile(rf"statements/(\d{{6}})-({'|'.join(KINDS)})-({_NAME})\.json")
+_FIXED = re.compile(rf"manifest\.json|contract\.json|certificates/{_NAME}\.pem|ledgers/{_NAME}\.jsonl"
+                    r"|log/(before\.json|entries\.txt|\d{8}\.json)")
+FOLDERS = ("certificates", "ledgers", "log", "statements")
 
 
 class Manifest(Predicate):
@@ -177,6 +179,16 @@ class BundleWriter:
         name = f"ledgers/{site}.jsonl"
         self._write(name, extract_bytes)
         return name
+
+    def add_checkpoint(self, size: int, checkpoint: bytes, witnesses: Mapping[str, bytes]) -> None:
+        """Store a signed head of the log of `size` entries, with the signatures of the sites that saw it, by name."""
+        self._write(f"log/{size:08d}.json", canonical({
+            "checkpoint": checkpoint.decode(), "witnesses": {name: data.decode() for name, data in witnesses.items()}}))
+
+    def set_log(self, before: Frontier, entries: Sequence[Entry]) -> None:
+        """Store the log as it is: what its part before this run left, and all entries from there on."""
+        self._write("log/before.json", canonical({"size": before.size, "peaks": [p.hex() for p in before.peaks]}))
+        self._write("log/entries.txt", b"".join(entry.line().encode() + b"\n" for entry in entries))
 
     def seal(self, coordinator_signer: Signer) -> Path:
         """Sign and write manifest.json, the digest of every file; nothing is written afterwards."""

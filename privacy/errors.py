@@ -71,6 +71,7 @@ class SiteCode(StrEnum):
     ADAPTER = "site.adapter_invalid"
     BUDGET = "site.budget_exhausted"
     SECAGG = "site.session_aborted"
+    HISTORY = "site.history_conflict"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

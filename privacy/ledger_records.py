@@ -27,7 +27,8 @@ RefusalCode = Literal[
     "budget.exhausted", "budget.not_encumbered", "contract.certificate", "contract.code", "contract.epsilon",
     "contract.expired", "ledger.mismatch", "policy.cohort", "policy.delta", "policy.epsilon", "policy.non_private",
     "policy.reveal_update", "policy.rule", "policy.sigma", "policy.sign_off", "policy.unit", "policy.weights",
-    "site.adapter_invalid", "site.budget_exhausted", "site.contract_mismatch", "site.model_mismatch"]
+    "site.adapter_invalid", "site.budget_exhausted", "site.contract_mismatch", "site.history_conflict",
+    "site.model_mismatch"]
 REFUSALS: tuple[str, ...] = get_args(RefusalCode)
 Enforced = Literal["pld", "pld+filter"]
 

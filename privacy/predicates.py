@@ -20,6 +20,7 @@ def _exists(moment: str) -> str:
 Run = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_.]*$", max_length=64)]
+Metric = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
 Stage = Literal["update", "shares", "masked", "vote", "unmask"]
 Person = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
 Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"), AfterValidator(_exists)]
@@ -61,6 +62,7 @@ class Acceptance(Predicate):
 
 class RoundSite(Predicate):
     site: Name
+    lineage: Run | Literal[""]
     round: int = Field(ge=1, lt=2**31)
     attempt: Count
     adapter_in: Sha256
@@ -114,10 +116,21 @@ class Closing(Predicate):
     cap: Number
 
 
+class Evaluation(Predicate):
+    """On a public split: nobody's records."""
+
+    round: Count = Field(description="after it; 0: the initial adapter")
+    adapter: Sha256
+    metric_name: Metric
+    metric: Number
+    split: str = Field(max_length=200)
+    units: Count
+
+
 class Release(Predicate):
     adapter: Sha256
     rounds: int = Field(ge=1, lt=2**31)
-    metric_name: str = Field(pattern=r"^[a-z0-9_]{1,40}$")
+    metric_name: Metric
     metric_before: Number
     metric_after: Number
     split: str = Field(max_length=200)
@@ -137,8 +150,9 @@ class Kind:
 KINDS = {kind.name: kind for kind in (
     Kind("contract", "urn:consilo:contract:1", "engineer", ContractSignature),
     Kind("acceptance", "urn:consilo:acceptance:2", "site", Acceptance),
-    Kind("round-site", "urn:consilo:round-site:2", "site", RoundSite),
+    Kind("round-site", "urn:consilo:round-site:3", "site", RoundSite),
     Kind("round", "urn:consilo:round:2", "coordinator", Round),
+    Kind("evaluation", "urn:consilo:evaluation:1", "coordinator", Evaluation),
     Kind("closing", "urn:consilo:closing:1", "site", Closing),
     Kind("release", "urn:consilo:release:1", "coordinator", Release),
 )}

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from privacy.canonical import MAX_JSON_BYTES, canonical
 from privacy.contract import Sha256, Terms
+from privacy.transparency import MAX_PROOF
 
 
 class Ask(Terms):
@@ -20,11 +21,39 @@ class Acceptance(Terms):
     statement: str = Field(max_length=65_536, description="envelope of urn:consilo:acceptance:2")
 
 
+class Included(Terms):
+    """Proof that one of a site's own statements is in the log."""
+
+    sha256: Sha256
+    index: int = Field(ge=0)
+    path: tuple[Sha256, ...] = Field(max_length=MAX_PROOF)
+
+
+class Checkpoint(Terms):
+    """Body of the query `witness`: the log's new head, and why it continues the head of `old` entries."""
+
+    contract: Sha256
+    certificate: str = Field(max_length=16_384, description="the coordinator's Ed25519 certificate, PEM")
+    checkpoint: str = Field(max_length=4096, description="envelope of urn:consilo:checkpoint:1")
+    old: int = Field(ge=0, description="size of the last head that this site is known to have seen; 0: none")
+    proof: tuple[Sha256, ...] = Field(max_length=MAX_PROOF)
+    included: tuple[Included, ...] = Field(max_length=16)
+    ledger: str = Field(max_length=65_536, description="the newest statement in which this site named a head of the same "
+                        "lineage, or ''")
+
+
+class Cosigned(Terms):
+    """Answer to `witness`: the size of the site's head, and its signature on the checkpoint, '' if `old` was another."""
+
+    size: int = Field(ge=0)
+    statement: str = Field(max_length=4096, description="envelope of urn:consilo:witness:1")
+
+
 class Masked(Terms):
     """Answer to `masked`: M5 and the site's statement on the attempt; the masked vector travels beside it."""
 
     m5: str = Field(max_length=65_536)
-    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:2")
+    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:3")
 
 
 class Closed(Terms):

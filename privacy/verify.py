@@ -13,15 +13,19 @@ The rules, in order. Each is checked even if an earlier one failed; every findin
                   and their certificates are those of the bundle. Each site accepted it, with the code that it names
                   installed, and approved it before it expired. Its threshold and least sum hide a site from a
                   coordinator with one accomplice.
- 6. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
+ 6. inclusion     The coordinator's log holds the statements of this run and no other of it, in their order.
+ 7. consistency   Every signed head is that of a beginning of this one log; the last covers all of it.
+ 8. witnesses     So many sites signed the last head that no other history can have as many, unless two of them lie.
+ 9. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
                   numbered; only the last round may lack a result. All who signed trained with the contract's
                   mechanism and saw the same cohort. No sum is over fewer sites than the contract allows; each site in
                   it signed its own vector, at least a threshold of them voted for exactly these vectors, and every
                   other site is named with the stage at which it dropped out.
- 7. ledgers       Each site's hash chain and signatures hold; it is the extract that the site's closing statement
+10. ledgers       Each site's hash chain and signatures hold; it is the extract that the site's closing statement
                   names; every attempt that the site signed was reserved, with the contract's mechanism.
- 8. epsilon       Recomputed from the reserves of each site: nowhere may a claim be below it, or above the cap.
- 9. release       The released adapter is the one that the last round left; the metric is one that the contract names.
+11. epsilon       Recomputed from the reserves of each site: nowhere may a claim be below it, or above the cap.
+12. release       The released adapter is the one that the last round left; the metric is one that the contract names,
+                  and was stated before as an evaluation of that adapter.
 
 With trust=none there is no ledger and no epsilon: a claim of one fails. What a signature can't prove: that the noise
 was really drawn, that a certificate had not been revoked (sites check that while the run goes on), and when something
@@ -42,6 +46,7 @@ from typing import Any, Literal
 from privacy.bundle import RawBundle, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, UsageError
 from privacy.verify_contract import contract
+from privacy.verify_log import consistency, inclusion, witnesses
 from privacy.verify_run import epsilons, ledgers, release, rounds
 from privacy.verify_trust import Facts, Findings, anchor, certificates, manifest, statements
 
@@ -50,7 +55,8 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
 STEPS: tuple[tuple[str, Callable[[Facts, Findings], str]], ...] = (
     ("anchor", anchor), ("certificates", certificates), ("manifest", manifest), ("statements", statements),
-    ("contract", contract), ("rounds", rounds), ("ledgers", ledgers), ("epsilon", epsilons), ("release", release),
+    ("contract", contract), ("inclusion", inclusion), ("consistency", consistency), ("witnesses", witnesses),
+    ("rounds", rounds), ("ledgers", ledgers), ("epsilon", epsilons), ("release", release),
 )
 
 

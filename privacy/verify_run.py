@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 
+from privacy.accountant import Release as Spent
 from privacy.accountant import epsilon
 from privacy.canonical import parse
 from privacy.contract import Contract
@@ -11,7 +12,7 @@ from privacy.errors import ConsiloError
 from privacy.identity import verify_signature
 from privacy.ledger import LedgerSummary, check_extract
 from privacy.ledger_records import charge, schedule
-from privacy.predicates import BEFORE_SUM, Acceptance, Closing, Release, Round, RoundSite
+from privacy.predicates import BEFORE_SUM, Acceptance, Closing, Evaluation, Release, Round, RoundSite
 from privacy.secagg import transcript as tr
 from privacy.verify_contract import NON_PRIVATE, VISIBLE
 from privacy.verify_trust import Facts, Findings, Spending
@@ -139,11 +140,14 @@ def ledgers(facts: Facts, found: Findings) -> str:
     known = {s.name for s in agreed.sites}
     found.expect(extracts.keys() == closings.keys() and extracts.keys() <= known,
                  "the ledgers are not those of the sites that closed the run")
-    found.expect(trained <= extracts.keys(), "a site that trained shows no ledger")
+    facts.unaccounted = sorted(trained & known - extracts.keys() - facts.witnesses)
+    found.expect(trained <= extracts.keys() | set(facts.unaccounted),
+                 "a site that trained, and that signed the log's last head, shows no ledger")
     for site in sorted(known & closings.keys() & extracts.keys()):
         _ledger(facts, agreed, closings[site], extracts[site], found)
-    silent = known - extracts.keys()
+    silent = known - extracts.keys() - trained
     note = f"; {len(silent)} sites never trained and show none" if silent else ""
+    note += f"; WITHOUT A LEDGER, which never came: {', '.join(facts.unaccounted)}" if facts.unaccounted else ""
     return f"{len(facts.ledgers)} ledgers: chain, signatures, mechanism and every signed attempt hold{note}"
 
 
@@ -172,6 +176,8 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
     reserves = {(r.round, r.attempt): r for r in ledger.reserves if r.run == agreed.run}
     commits = {(c.round, c.attempt): c for c in ledger.commits if c.run == agreed.run}
     approvers = {a.approver for a in facts.said(Acceptance) if a.site == site}
+    attempts = {(r.round, r.attempt) for r in facts.said(Round)}
+    found.expect(reserves.keys() <= attempts, f"{site}: an attempt was charged that the coordinator doesn't account for")
     for r in reserves.values():
         found.expect(r.charge == charge(agreed.mechanism(site, r.round)),
                      f"{site}: record {r.seq} reserved another mechanism than the contract's")
@@ -183,6 +189,7 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
         found.expect(held.contract == agreed.digest and held.approver in approvers,
                      f"{site}: record {held.seq} encumbered for another contract or approver")
     for s in (s for s in facts.said(RoundSite) if s.site == site):
+        found.expect(s.lineage == ledger.lineage, f"{site}: round {s.round}, attempt {s.attempt} names another lineage")
         where = f"{site}: round {s.round}, attempt {s.attempt}"
         if found.expect((s.round, s.attempt) in reserves and (s.round, s.attempt) in commits,
                         f"{where} was signed, but never charged"):
@@ -200,13 +207,30 @@ def epsilons(facts: Facts, found: Findings) -> str:
         found.expect(not any(claim for _, claim in stated), "a site claims an epsilon, but the contract is non-private")
         return NON_PRIVATE
     found.expect(all(claim for _, claim in stated), "a site's statement names no epsilon")
-    found.expect(facts.ledgers.keys() >= {site for site, _ in stated}, "a site that trained has no valid ledger")
+    found.expect(facts.ledgers.keys() >= {site for site, _ in stated} - set(facts.unaccounted),
+                 "a site that trained has no valid ledger")
+    for site in facts.unaccounted:
+        facts.spending[site] = _unaccounted(facts, agreed, site, found)
     for site, ledger in facts.ledgers.items():
         facts.spending[site] = _spending(facts, agreed, site, ledger, found)
     hidden = sum(ledger.commitments > 0 for ledger in facts.ledgers.values())
     whole = (f"; at {hidden} sites the ledger holds other runs as commitments: recomputed is this run alone, their "
              "part is what the site's ledger claims" if hidden else "")
-    return f"recomputed for {len(facts.spending)} sites: no claim is below it, none above the cap{whole}"
+    lost = (f"; from its statements alone, for want of a ledger: {', '.join(facts.unaccounted)}"
+            if facts.unaccounted else "")
+    return f"recomputed for {len(facts.spending)} sites: no claim is below it, none above the cap{whole}{lost}"
+
+
+def _unaccounted(facts: Facts, agreed: Contract, site: str, found: Findings) -> Spending:
+    """A site that was lost for good: what it signed is what it spent at least, and its claims must not be below that."""
+    said = [s for s in facts.said(RoundSite) if s.site == site]
+    used = [agreed.mechanism(site, s.round) for s in said]
+    alone = epsilon([Spent(m.q, m.sigma, m.steps, m.group) for m in used], agreed.site(site).delta)
+    claimed = max(float(s.epsilon or 0) for s in said)
+    cap = next((float(a.cap or 0) for a in facts.said(Acceptance) if a.site == site), 0.0)
+    found.expect(claimed >= alone - ULP, f"{site}: its statements claim less epsilon than was spent until then")
+    found.expect(max(claimed, alone - ULP) <= cap, f"{site}: more was spent than the cap")
+    return Spending(alone, claimed)
 
 
 def _spending(facts: Facts, agreed: Contract, site: str, ledger: LedgerSummary, found: Findings) -> Spending:
@@ -236,7 +260,13 @@ def _spending(facts: Facts, agreed: Contract, site: str, ledger: LedgerSummary, 
 def release(facts: Facts, found: Findings) -> str:
     agreed = facts.agreed()
     done = [r for r in facts.said(Round) if r.outcome == "done"]
-    released = facts.said(Release)
+    released, measured = facts.said(Release), facts.said(Evaluation)
+    adapters = {r.round: r.adapter_out for r in done}
+    found.expect(len({e.round for e in measured}) == len(measured), "an adapter is evaluated twice")
+    for e in measured:
+        found.expect(e.adapter == adapters.get(e.round, e.adapter if e.round == 0 else ""),
+                     "an evaluation is of another adapter than its round left")
+        found.expect(e.metric_name in agreed.metrics, "an evaluation is of a metric that the contract doesn't name")
     if not done:
         found.expect(not released, "an adapter was released, but no round was done")
         return "no round was done, so nothing was released"
@@ -245,4 +275,8 @@ def release(facts: Facts, found: Findings) -> str:
         found.expect(released[0].rounds == len(done), "the release counts another number of rounds")
         found.expect(released[0].metric_name in agreed.metrics,
                      "the release publishes a metric that the contract doesn't name, so no site agreed to it")
+        ends = [(e.metric, e.metric_name, e.split, e.units) for e in sorted(measured, key=lambda e: e.round)]
+        r = released[0]
+        found.expect(bool(ends) and ends[0][0] == r.metric_before and ends[-1] == (
+            r.metric_after, r.metric_name, r.split, r.units), "the release names other figures than were stated before")
     return f"the adapter is the one that round {done[-1].round} left"

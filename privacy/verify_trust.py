@@ -13,8 +13,9 @@ from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError
 from privacy.identity import Peer, Role, TrustStore, load_certificate
 from privacy.ledger import LedgerSummary
-from privacy.predicates import KINDS, Closing, Kind, Predicate, Release, Round, RoundSite
+from privacy.predicates import KINDS, Closing, Evaluation, Kind, Predicate, Release, Round, RoundSite
 from privacy.statements import Statement, open_envelope
+from privacy.transparency import Entry, Head
 
 P = TypeVar("P", bound=Predicate)
 ROLES = (Role.SITE, Role.COORDINATOR, Role.ENGINEER)  # whose statements a run bundle holds
@@ -39,7 +40,11 @@ class Spending:
 
 @dataclass
 class Facts:
-    """What has been verified so far; a step that fails leaves its part empty."""
+    """What has been verified so far; a step that fails leaves its part empty.
+
+    heads: of the log, by size. witnesses: who signed the last one. unaccounted: sites that trained, and whose ledger
+    never came.
+    """
 
     raw: RawBundle
     ca: str | None
@@ -47,6 +52,10 @@ class Facts:
     peers: dict[str, Peer] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     contract: Contract | None = None
+    entries: list[Entry] | None = None
+    heads: dict[int, Head] = field(default_factory=dict)
+    witnesses: set[str] = field(default_factory=set)
+    unaccounted: list[str] = field(default_factory=list)
     ledgers: dict[str, LedgerSummary] = field(default_factory=dict)
     spending: dict[str, Spending] = field(default_factory=dict)
 
@@ -173,7 +182,7 @@ def _subject_holds(facts: Facts, statement: Statement, predicate: Predicate) -> 
         case Closing():
             path = f"ledgers/{predicate.site}.jsonl"
             wanted = facts.raw.sha256(path) if path in facts.raw.files else ""
-        case Release():
+        case Release() | Evaluation():
             wanted = predicate.adapter
         case _:
             wanted = predicate.contract

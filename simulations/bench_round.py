@@ -32,6 +32,7 @@ from fl_client.link import FleetLink, build_app
 from fl_client.link_tls import coordinator_check
 from fl_client.policy import SitePolicy, accept
 from fl_client.round import SiteRound
+from fl_client.witness import Witness
 from fl_server.exchange import Exchange
 from fl_server.fleet import FleetServer
 from fl_server.round import Deadlines, RoundDriver
@@ -167,7 +168,8 @@ def site(folder: Path, name: str, port: int, dim: int) -> None:
         index = [s.name for s in contract.sites].index(name)
         served[contract.digest] = SiteRound(
             contract, name, trainer=Drawn(index, dim), policy=POLICY, signer=signer, check_certificate=check,
-            journal=journal, ledger=None, approval=approved(contract, name, POLICY, signer, state))
+            journal=journal, ledger=None, approval=approved(contract, name, POLICY, signer, state),
+            witness=Witness(state, name, signer, certificate_check(TrustStore.load(trust), Role.COORDINATOR)))
 
     def watch() -> None:
         sys.stdin.read()

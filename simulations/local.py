@@ -21,6 +21,7 @@ from fl_client.link import build_app
 from fl_client.policy import SitePolicy
 from fl_client.round import SiteRound
 from fl_client.training import LocalTrainer
+from fl_client.witness import Witness
 from fl_server.assemble import check_folder, make_run, site_certificates
 from fl_server.contracting import make_contract
 from fl_server.exchange import Exchange
@@ -58,6 +59,8 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
     """
     check_folder(Path(settings.server.out))
     settings = declare_sites(settings)
+    out = Path(settings.server.out)
+    settings = settings.model_copy(update={"server": settings.server.model_copy(update={"log": str(out / "log")})})
     policy = policy or _permissive(settings)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="consilo-")))
@@ -66,6 +69,7 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
         contract = make_contract(settings, {n: e.sign_fingerprint for n, e in roster.items()})
         signature = sign_contract(contract, _signer(folder, ENGINEER))
         check, apps, nodes = certificate_check(TrustStore.load(trust)), {}, {}
+        check_coordinator = certificate_check(TrustStore.load(trust), Role.COORDINATOR)
         for index, (name, site) in enumerate(sorted(settings.data.sites.items())):
             own = (state or folder) / name
             own.mkdir(parents=True, exist_ok=True)
@@ -82,7 +86,8 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
                                    lineage=ledger.lineage if ledger else "")
             handlers = SiteRound(contract, name, trainer=trainer, policy=policy, signer=signer,
                                  check_certificate=check, journal=journal, ledger=ledger,
-                                 approval=approved(contract, name, policy, signer, own)).handlers()
+                                 approval=approved(contract, name, policy, signer, own),
+                                 witness=Witness(own, name, signer, check_coordinator)).handlers()
             apps[index + 1], nodes[name] = build_app(handlers), index + 1
         exchange = Exchange(InProcessGrid(apps, drop=drop, tap=tap), nodes)
         run = make_run(settings, contract, exchange, signer=_signer(folder, settings.server.name), trust=trust,

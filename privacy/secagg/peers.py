@@ -16,18 +16,18 @@ from privacy.trust_files import WatchedTrust
 CheckCertificate = Callable[[bytes], Peer]
 
 
-def certificate_check(trust: TrustStore | WatchedTrust) -> CheckCertificate:
-    """PEM of a site's Ed25519 certificate -> the peer, if chain, role, validity and revocation are right now.
+def certificate_check(trust: TrustStore | WatchedTrust, role: Role = Role.SITE) -> CheckCertificate:
+    """PEM of an Ed25519 certificate of that role -> the peer, if chain, role, validity and revocation are right now.
 
-    Raises Refused `identity.crl_missing` at once where there is no revocation list of sites.
+    Raises Refused `identity.crl_missing` at once where there is no revocation list of the role.
     """
     def current() -> TrustStore:
         return trust if isinstance(trust, TrustStore) else trust.current()
 
-    current().require_revocation_list(Role.SITE)
+    current().require_revocation_list(role)
 
     def check(pem: bytes) -> Peer:
-        return current().check(load_certificate(pem), Role.SITE, usage="signing", at=datetime.now(UTC))
+        return current().check(load_certificate(pem), role, usage="signing", at=datetime.now(UTC))
 
     return check
 

@@ -15,11 +15,12 @@ from fl_client.app import StageRefused
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy, accept
 from fl_client.round import SiteRound
+from fl_client.witness import Witness
 from privacy import ca, stages
 from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
 from privacy.errors import Refused, SiteCode
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Peer, Role, TrustStore, create_request
 from privacy.ledger import Ledger, check_extract
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
@@ -53,6 +54,10 @@ def approval_of(contract: Contract, site: str) -> Approval:
                     approver="test", approved="2026-01-01T00:00:00+00:00")
 
 
+def no_coordinator(pem: bytes) -> Peer:
+    raise AssertionError("nobody asks for a signature on the log here")
+
+
 class Site:
     """One site of three with its real files; `restart` is a new process on the same ones."""
 
@@ -79,7 +84,8 @@ class Site:
     def _handlers(self) -> Handlers:
         self.round = SiteRound(self.contract, "s0", trainer=self.trainer, policy=POLICY, signer=self.signers[0],
                          check_certificate=certificate_check(TrustStore.load(self.folder / "ca")), journal=self.journal,
-                               ledger=self.ledger, approval=approval_of(self.contract, "s0"))
+                               ledger=self.ledger, approval=approval_of(self.contract, "s0"),
+                               witness=Witness(self.folder, "s0", self.signers[0], no_coordinator))
         return self.round.handlers()
 
     def restart(self) -> None:
@@ -303,7 +309,8 @@ def _sites(folder: Path, first: Site) -> list[SiteRound]:
         out.append(SiteRound(first.contract, f"s{i}", trainer=StubTrainer(), policy=POLICY, signer=first.signers[i],
                              check_certificate=first.round._check_certificate,
                              journal=SiteJournal(folder / f"state{i}" / "rounds.jsonl"), ledger=ledger,
-                             approval=approval_of(first.contract, f"s{i}")))
+                             approval=approval_of(first.contract, f"s{i}"),
+                             witness=Witness(folder / f"state{i}", f"s{i}", first.signers[i], no_coordinator)))
     return out
 
 

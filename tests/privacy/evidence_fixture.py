@@ -4,6 +4,7 @@ votes, transcripts, ledgers and statements, random digests, no training. An `Edi
 from __future__ import annotations
 
 import hashlib
+import shutil
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +21,17 @@ from privacy.predicates import BEFORE_SUM, KINDS
 from privacy.secagg import transcript as tr
 from privacy.signing import code_digest
 from privacy.statements import make
+from privacy.transparency import Entry, Frontier, Head, sign_checkpoint, sign_witness
 
 RUN = "ab" * 16
 SITES = ("clinic-a", "clinic-b", "clinic-c", "clinic-d")
 HUB, LAB = "hub", "lab"  # the coordinator, the engineer
 ROLES = {HUB: Role.COORDINATOR, LAB: Role.ENGINEER, **dict.fromkeys(SITES, Role.SITE)}
+METRICS = {0: 0.5, 1: 0.6, 2: 0.75, 3: 0.81}
 ATTEMPTS = ((1, 0, True), (2, 0, False), (2, 1, True), (3, 0, True))  # round, attempt, done
 SUBJECTS = {"contract": ["contract"], "acceptance": ["contract"], "round-site": ["view", "masked"],
-            "round": ["adapter_out", "adapter_in"], "release": ["adapter"]}  # the first field that isn't empty
+            "round": ["adapter_out", "adapter_in"], "release": ["adapter"],
+            "evaluation": ["adapter"]}  # the first field that isn't empty
 Edit = Callable[[str, dict[str, Any]], dict[str, Any] | None]  # (kind, predicate) -> what is signed; None: left out
 Drops = Mapping[tuple[int, int], Mapping[str, tuple[str, str]]]  # (round, attempt) -> site -> (stage, code)
 DROPS: Drops = {(1, 0): {"clinic-c": ("masked", "secagg.vector")},
@@ -142,7 +146,11 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             changed = edit(kind, dict(changed))
         if changed is not None:
             subject = subject or next(changed[k] for k in SUBJECTS[kind] if changed[k])
-            writer.add_statement(kind, who, make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed))
+            envelope = make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed)
+            writer.add_statement(kind, who, envelope)
+            entries.append(Entry(agreed.run, hashlib.sha256(envelope).hexdigest()))
+
+    before, entries = [Entry("cd" * 16, sha("earlier", i)) for i in range(3)], list[Entry]()
 
     say("contract", LAB, {"purpose": agreed.purpose, "expires": agreed.expires})
     books: dict[str, Ledger] = {}
@@ -167,7 +175,12 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             "delta": decimal(m.delta), "trust": m.trust, "approver": f"officer of {name}",
             "approved_by": f"director of {name}", "approved": "2026-03-01T09:30:00+00:00",
             "policy": sha("policy", name), "code": agreed.code})
+    def measure(round_: int, adapter: str) -> None:
+        say("evaluation", HUB, {"round": round_, "adapter": adapter, "metric_name": "accuracy", "split": "public test",
+                                "metric": decimal(METRICS[round_]), "units": 400})
+
     adapter = sha("adapter", 0)
+    measure(0, adapter)
     for round_, attempt, done in ATTEMPTS:
         fell = drops.get((round_, attempt), {})
         got = summed(agreed, signers, round_, attempt, fell)
@@ -182,9 +195,10 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                 (seq, head), spent = books[name].head, decimal(books[name].epsilon())
             if name in got.masked:
                 say("round-site", name, {
-                    "site": name, **where, "adapter_in": adapter, "view": got.view, "masked": got.masked[name],
-                    "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps,
-                    "n_decl": m.n_decl, "ledger_seq": seq, "ledger_head": head, "epsilon": spent})
+                    "site": name, "lineage": books[name].lineage if private else "", **where, "adapter_in": adapter,
+                    "view": got.view, "masked": got.masked[name], "q": decimal(m.q), "clip": decimal(m.clip),
+                    "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl, "ledger_seq": seq,
+                    "ledger_head": head, "epsilon": spent})
         out = sha("adapter", round_) if done else ""
         say("round", HUB, {
             **where, "outcome": "done" if done else "void", "reason": "" if done else "secagg.forged_share",
@@ -193,6 +207,9 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
             "votes": [vote(*cast) for cast in got.votes.items()] if done else [],
             "dropped": [{"site": n, "stage": stage, "code": code} for n, (stage, code) in fell.items()]})
         adapter = out or adapter
+        if done:
+            measure(round_, adapter)
+        witness(writer, signers, before, entries)
     for name, book in books.items():
         if refused:
             book.refuse(refused[0], agreed.run, agreed.digest, refused[1])
@@ -207,8 +224,35 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
     say("release", HUB, {
         "adapter": adapter, "rounds": sum(done for *_, done in ATTEMPTS), "metric_name": "accuracy",
         "metric_before": "0.5", "metric_after": "0.81", "split": "public test", "units": 400})
+    witness(writer, signers, before, entries)
     if seal:
         writer.seal(signers[HUB])
+    return folder
+
+
+def witness(writer: BundleWriter, signers: Mapping[str, FileSigner], before: Sequence[Entry], entries: Sequence[Entry],
+            who: Sequence[str] = SITES) -> None:
+    """The log as it is now, its signed head, and the sites' signatures on that."""
+    frontier, tree = Frontier(), Frontier()
+    for entry in before:
+        frontier.append(entry.leaf)
+    for entry in [*before, *entries]:
+        tree.append(entry.leaf)
+    head = Head(log=HUB, size=tree.size, root=tree.root.hex())
+    writer.set_log(frontier, entries)
+    writer.add_checkpoint(tree.size, sign_checkpoint(signers[HUB], head),
+                          {name: sign_witness(signers[name], name, head) for name in who})
+
+
+def relog(folder: Path, parties: Consortium, who: Sequence[str] = SITES) -> Path:
+    """What a coordinator and these sites do that lie together: another log, of the statements that are there now."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / "log")
+    root = (folder / "certificates/root.pem").read_bytes()
+    writer = BundleWriter(folder, RUN, (folder / "contract.json").read_bytes(), root, {}, {})
+    entries = [Entry(RUN, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted((folder / "statements").iterdir())]
+    witness(writer, parties.signers, [], entries, who)
+    writer.seal(parties.signers[HUB])
     return folder
 
 

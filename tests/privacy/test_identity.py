@@ -283,7 +283,7 @@ def test_root_must_be_a_self_signed_ca(consortium):
 def test_expired_and_not_yet_valid(consortium):
     trust = TrustStore(consortium.pem("root.pem"), [consortium.pem("issuing-site.pem")])
     cert = consortium.cert(Role.SITE)
-    for days, ok in ((-1, False), (0, True), (364, True), (366, False)):
+    for days, ok in ((-1, False), (0, True), (89, True), (91, False)):
         at = NOW + timedelta(days=days)
         if ok:
             trust.check(cert, Role.SITE, usage="signing", at=at)

@@ -69,6 +69,10 @@ def change(kind: str, match: dict[str, Any] | None = None, **fields: Any) -> Cal
     return edit
 
 
+def detail(verdict: Verdict, step: str) -> str:
+    return next(s.detail for s in verdict.steps if s.name == step)
+
+
 def following(bundle: Path) -> str:
     """The number that the next statement would have."""
     return f"{1 + len(list((bundle / 'statements').iterdir())):06d}"
@@ -79,8 +83,9 @@ def following(bundle: Path) -> str:
 def test_valid_bundle_passes(good: Path, parties: Consortium) -> None:
     verdict = verify_bundle(good, parties.fingerprint)
     assert (verdict.verdict, verdict.anchored, failed(verdict)) == ("PASS", True, set())
-    assert [s.name for s in verdict.steps] == ["files", "anchor", "certificates", "manifest", "statements", "contract",
-                                               "rounds", "ledgers", "epsilon", "release"]
+    assert [s.name for s in verdict.steps] == [
+        "files", "anchor", "certificates", "manifest", "statements", "contract", "inclusion", "consistency", "witnesses",
+        "rounds", "ledgers", "epsilon", "release"]
     assert set(verdict.as_dict()) == {"verdict", "anchored", "steps"}
     assert set(verdict.as_dict()["steps"][0]) == {"name", "ok", "detail"}
 
@@ -111,28 +116,28 @@ def test_malformed_fingerprint_is_a_usage_error(good: Path, tmp_path: Path) -> N
 def test_lineage_with_an_earlier_run_shows_commitments(parties: Consortium, tmp_path: Path) -> None:
     verdict = verify_bundle(write_bundle(tmp_path / "b", parties, spent_before=2), parties.fingerprint)
     assert verdict.verdict == "PASS"
-    assert "commitments" in verdict.steps[8].detail
+    assert "commitments" in detail(verdict, "epsilon")
 
 
 def test_non_private_run_says_so(parties: Consortium, tmp_path: Path) -> None:
     agreed = contract(parties.signers, trust="none", epsilon=None)
     verdict = verify_bundle(write_bundle(tmp_path / "b", parties, agreed), parties.fingerprint)
     assert verdict.verdict == "PASS"
-    assert all("NON-PRIVATE" in verdict.steps[i].detail for i in (5, 7, 8))
+    assert all("NON-PRIVATE" in detail(verdict, step) for step in ("contract", "ledgers", "epsilon"))
 
 
 def test_secure_aggregation_off_says_so(parties: Consortium, tmp_path: Path) -> None:
     verdict = verify_bundle(write_bundle(tmp_path / "b", parties, contract(parties.signers, secagg=False)),
                             parties.fingerprint)
     assert verdict.verdict == "PASS"
-    assert "INDIVIDUAL UPDATES VISIBLE" in verdict.steps[6].detail
+    assert "INDIVIDUAL UPDATES VISIBLE" in detail(verdict, "rounds")
 
 
 def test_job_that_ended_early(parties: Consortium, tmp_path: Path) -> None:
     agreed = contract(parties.signers, rounds=9)
     verdict = verify_bundle(write_bundle(tmp_path / "b", parties, agreed), parties.fingerprint)
     assert verdict.verdict == "PASS"
-    assert "ended early" in verdict.steps[6].detail
+    assert "ended early" in detail(verdict, "rounds")
 
 
 # Lies told before signing --------------------------------------------------------------------------------------------

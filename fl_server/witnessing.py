@@ -1,0 +1,91 @@
+"""After each attempt: what was stated goes into the log, the log's head is signed, and the sites cosign it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import Certificate
+
+from fl_server.exchange import Exchange, Note
+from fl_server.log import TransparencyLog
+from privacy import stages
+from privacy.bundle import BundleWriter
+from privacy.canonical import parse
+from privacy.contract import Contract, validate
+from privacy.errors import ConsiloError
+from privacy.identity import Signer, fingerprint
+from privacy.transparency import Entry, Head, least_witnesses, open_witness
+
+Stated = tuple[str, str, bytes]  # kind, who, envelope
+NAME_LEDGER = ("round-site", "closing")
+
+
+class Witnessing:
+    """Of one run. signer: the coordinator's. certificates: of the sites. deadline_s: for the sites' answers."""
+
+    def __init__(self, log: TransparencyLog, bundle: BundleWriter, exchange: Exchange, contract: Contract, *, signer: Signer,
+                 certificates: Mapping[str, Certificate], deadline_s: float) -> None:
+        self._log, self._bundle, self._exchange, self._contract = log, bundle, exchange, contract
+        self._pem = signer.certificate.public_bytes(Encoding.PEM).decode()
+        self._certificates = {fingerprint(c): c for c in certificates.values()}
+        self._deadline_s, self._before = deadline_s, len(log.entries)
+        self._sizes = dict.fromkeys(certificates, 0)  # of the heads that the sites have seen
+        self._known = log.ledger_heads()
+        self._lineages: dict[str, str] = {}
+        self._unseen: dict[str, str] = {}  # a site's own word about its ledger, which it hasn't been shown yet
+
+    def accepted(self, site: str, lineage: str) -> None:
+        """The lineage that a site will charge: it is shown the newest head of it that it named."""
+        self._lineages[site] = lineage
+        self._unseen[site] = self._known.get(f"{site} {lineage}", "")
+
+    def publish(self, stated: Sequence[Stated]) -> list[str]:
+        """Log envelopes and gather the sites' signatures on the new head. Returns the sites that cosigned."""
+        entries = [Entry(self._contract.run, hashlib.sha256(envelope).hexdigest()) for _, _, envelope in stated]
+        head, checkpoint = self._log.extend(entries)
+        included: dict[str, list[stages.Included]] = {}
+        ledgers = {}
+        for (kind, who, envelope), entry in zip(stated, entries, strict=True):
+            index = self._log.index(entry)
+            path = tuple(part.hex() for part in self._log.tree.inclusion(index, head.size))
+            included.setdefault(who, []).append(stages.Included(sha256=entry.sha256, index=index, path=path))
+            if kind in NAME_LEDGER and self._lineages.get(who):
+                ledgers[f"{who} {self._lineages[who]}"] = envelope.decode()
+        self._log.keep_ledger_heads(ledgers)
+        cosigned: dict[str, bytes] = {}
+        todo = sorted(self._exchange.online() & self._sizes.keys())
+        for _ in range(2):  # again for a site that has seen another head than this run knows of
+            todo = self._ask(head, checkpoint, todo, included, cosigned)
+        self._bundle.add_checkpoint(head.size, checkpoint, cosigned)
+        self._bundle.set_log(self._log.frontier(self._before), self._log.entries[self._before:])
+        return sorted(cosigned)
+
+    def _ask(self, head: Head, checkpoint: bytes, sites: Sequence[str], included: Mapping[str, list[stages.Included]],
+             cosigned: dict[str, bytes]) -> list[str]:
+        """Fill `cosigned`; returns the sites to ask again."""
+        notes, again = {}, []
+        for site in sites:
+            old = min(self._sizes[site], head.size)
+            proof = tuple(part.hex() for part in self._log.tree.consistency(old, head.size))
+            notes[site] = Note(stages.dump(stages.Checkpoint(
+                contract=self._contract.digest, certificate=self._pem, checkpoint=checkpoint.decode(), old=old, proof=proof,
+                included=tuple(included.get(site, [])[-16:]), ledger=self._unseen.get(site, ""))))
+        enough = least_witnesses(len(self._contract.sites))
+        for site, answer in self._exchange.ask("witness", notes, deadline_s=self._deadline_s, quorum=enough).items():
+            try:
+                got = validate(stages.Cosigned, parse(answer.note.body)) if answer.note else None
+                if got is None:
+                    continue
+                self._unseen.pop(site, None)
+                self._sizes[site] = got.size
+                if not got.statement:
+                    again.append(site)
+                    continue
+                said = open_witness(got.statement.encode(), self._certificates)
+                if (said.site, said.log, said.size, said.root) == (site, head.log, head.size, head.root):
+                    cosigned[site] = got.statement.encode()
+            except ConsiloError:
+                continue  # it may answer properly next time; evidence that too few sign doesn't verify
+        return again
