@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from cryptography.x509 import Certificate
 
 from privacy.bundle import statement_name
 from privacy.canonical import canonical, parse
 from privacy.contract import validate
 from privacy.errors import CheckFailed, ConsiloError
 from privacy.identity import Role
-from privacy.predicates import Count, Strict
+from privacy.predicates import Count, Round, Strict
 from privacy.transparency import Entry, Frontier, Head, least_witnesses, open_checkpoint, open_witness
 from privacy.verify_trust import Facts, Findings
 
@@ -71,28 +73,39 @@ def consistency(facts: Facts, found: Findings) -> str:
 
 
 def witnesses(facts: Facts, found: Findings) -> str:
-    """Enough sites signed the last head, and each signed under its own name."""
+    """Every round that changed the adapter lies under a head that enough sites signed, each under its own name."""
     agreed = facts.agreed()
-    sites = {p.name: {p.fingerprint: p.certificate} for p in facts.peers.values() if p.role is Role.SITE}
-    signers: set[str] = set()
-    for size, each in _signed(facts, Findings()):
-        signers = set()
-        for name, data in each.witnesses.items():
-            try:
-                said = open_witness(data.encode(), sites.get(name, {}))
-            except ConsiloError as e:
-                found.append(f"a witness of the head of {size} entries is refused ({e.code})")
-                continue
-            head: Head | None = facts.heads.get(size)
-            same = head is not None and (said.log, said.size, said.root) == (head.log, head.size, head.root)
-            if found.expect(same and said.site == name,
-                            f"a witness of the head of {size} entries signed another head, or for another site"):
-                signers.add(name)
-    facts.witnesses = signers
-    least = least_witnesses(len(agreed.sites))
-    found.expect(len(signers) >= least,
-                 f"{len(signers)} sites signed the log's last head, of {least} without whom two histories can't be told")
-    return f"{len(signers)} of {len(agreed.sites)} sites signed the last head: {', '.join(sorted(signers))}"
+    certificates = {p.name: {p.fingerprint: p.certificate} for p in facts.peers.values() if p.role is Role.SITE}
+    signers = {size: _signers(size, each, certificates, facts.heads.get(size), found)
+               for size, each in _signed(facts, Findings())}
+    last, least = max(signers, default=0), least_witnesses(len(agreed.sites))
+    covered = max((size for size, names in signers.items() if len(names) >= least), default=0)
+    place = {entry.sha256: i for i, entry in enumerate(_entries(facts), _before(facts).size + 1)}
+    rounds = [e.path for e in facts.events if isinstance(e.predicate, Round) and e.predicate.outcome == "done"]
+    ends = max((place.get(facts.raw.sha256(path), last + 1) for path in rounds), default=0)
+    found.expect(bool(covered) and ends <= covered,
+                 f"a round lies under no head that {least} sites signed: two histories can't be told apart")
+    facts.witnesses = signers.get(last, set())
+    later = "" if covered == last else (
+        f"; what was stated after the last round (entries {covered + 1} to {last}) only {len(facts.witnesses)} sites signed")
+    names = ", ".join(sorted(signers.get(covered, ())))
+    return f"{len(signers.get(covered, ()))} of {len(agreed.sites)} sites signed the log with all rounds: {names}{later}"
+
+
+def _signers(size: int, each: _Signed, certificates: Mapping[str, Mapping[str, Certificate]], head: Head | None,
+             found: Findings) -> set[str]:
+    names = set()
+    for name, data in each.witnesses.items():
+        try:
+            said = open_witness(data.encode(), certificates.get(name, {}))
+        except ConsiloError as e:
+            found.append(f"a witness of the head of {size} entries is refused ({e.code})")
+            continue
+        same = head is not None and (said.log, said.size, said.root) == (head.log, head.size, head.root)
+        if found.expect(same and said.site == name,
+                        f"a witness of the head of {size} entries signed another head, or for another site"):
+            names.add(name)
+    return names
 
 
 def _before(facts: Facts) -> Frontier:

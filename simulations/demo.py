@@ -61,6 +61,7 @@ def demo(out: Path, overrides: Sequence[str], say: Say) -> None:
     say(f"[{time.monotonic() - start:5.1f} s] model and data are in the cache")
     empty(out)
     port = free_port()
+    overrides = [*overrides, f"server.log={out}/log"]
     settings = declare_sites(load_settings([*overrides, f"server.port={port}", f"server.out={out}"]))
     consortium(out, settings)
     approve_all(out, settings)

@@ -17,6 +17,7 @@ def overrides(tmp_path: Path, tiny_model: Path, tiny_data: dict[str, Path]) -> C
         base = ["model=local", "model.name=tiny", f"model.path={tiny_model}", "model.max_length=16", "data=files",
                 "data.name=tiny", f"data.sites={{{sites}}}", f"data.evaluation.file={tiny_data['public']}",
                 "privacy.rounds=2", "privacy.retries=1", "server.evaluate_every=1", f"server.out={tmp_path / 'out'}",
+                f"server.log={tmp_path / 'log'}",
                 f"site.state={tmp_path / 'state'}"]
         changed = {m.split("=")[0] for m in more}
         return [b for b in base if b.split("=")[0] not in changed] + list(more)

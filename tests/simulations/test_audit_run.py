@@ -65,19 +65,20 @@ def once(setting: tuple[Contract, str, Place], plant: Plant, seed: int, **option
         return audit(*setting, **{"canaries": 128, "rounds": 8, "seed": seed, "alpha": ALPHA} | options)
 
 
+@pytest.mark.parametrize("live", [False, True])
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("plant", [nothing, quarter_noise, fourfold_clip, every_record_always])
-def test_planted_bug_is_a_violation(setting: tuple[Contract, str, Place], plant: Plant, seed: int) -> None:
-    assert once(setting, plant, seed).violation is (plant is not nothing)
+def test_planted_bug_is_a_violation(setting: tuple[Contract, str, Place], plant: Plant, seed: int, live: bool) -> None:
+    assert once(setting, plant, seed, live=live).violation is (plant is not nothing)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_rates_of_a_hundred_seeds(setting: tuple[Contract, str, Place]) -> None:
+@pytest.mark.parametrize("live", [False, True])
+def test_rates_of_a_hundred_seeds(setting: tuple[Contract, str, Place], live: bool) -> None:
     """Detection >= 95 %, false alarms <= 5 % at alpha = 1 %."""
-    found = {plant.__name__: sum(once(setting, plant, seed).violation for seed in range(100))
+    found = {plant.__name__: sum(once(setting, plant, seed, live=live).violation for seed in range(100))
              for plant in (nothing, quarter_noise, fourfold_clip)}
-    print(found)
     assert found["nothing"] <= 5
     assert min(found["quarter_noise"], found["fourfold_clip"]) >= 95
 
@@ -98,7 +99,7 @@ def of_unit(unit: str, folder: Path) -> tuple[Contract, str, Place]:
 @pytest.mark.parametrize("unit", UNITS)
 def test_canaries_go_through_the_mechanism_as_records_do(tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without noise and sampling an included canary adds the clip norm, for each record that its unit may own; other
-    records cancel, whether it is there or not."""
+    records, where they contribute, cancel whether it is there or not."""
     seen: list[Any] = []
     monkeypatch.setattr(audit_module, "judge", lambda scores, included, *_, **__: seen.append((scores, included)))
 
@@ -106,11 +107,16 @@ def test_canaries_go_through_the_mechanism_as_records_do(tmp_path: Path, unit: s
         every_record_always(patch)
         patch.setattr(dpsgd, "lattice_noise", lambda dim, **_: np.zeros(dim, np.int64))
 
-    once(of_unit(unit, tmp_path), exact, 0, canaries=256, rounds=24)
-    scores, included = seen[0]
-    assert scores.shape == (24, 256)
-    assert scores[:, included].mean() == pytest.approx(UNITS[unit][1], abs=0.1)
-    assert scores[:, ~included].mean() == pytest.approx(0.0, abs=0.1)
+    setting = of_unit(unit, tmp_path)
+    for live in (False, True):
+        once(setting, exact, 0, canaries=256, rounds=24, live=live)
+    (alone, included), (among, same) = seen
+    assert alone.shape == (24, 256)
+    assert np.array_equal(included, same)
+    np.testing.assert_allclose(alone, np.broadcast_to(included * UNITS[unit][1], (24, 256)), atol=1e-5)
+    assert among[:, included].mean() == pytest.approx(UNITS[unit][1], abs=0.1)
+    assert among[:, ~included].mean() == pytest.approx(0.0, abs=0.1)
+    assert among[:, ~included].std() > 0.1
 
 
 @pytest.mark.parametrize("unit", ["person", "records of a person", "local steps"])
