@@ -16,7 +16,7 @@ The rules, in order. Each is checked even if an earlier one failed; every findin
  6. inclusion     The coordinator's log holds the statements of this run and no other of it, in their order.
  7. consistency   Every signed head is that of a beginning of this one log; the last covers all of it.
  8. witnesses     All rounds lie under a head that so many sites signed that no other history can have as many, unless
-                  two of them lie.
+                  two of them lie. Where a site vanished at the end, the last round may not, and that is said.
  9. rounds        Numbered without a gap; each starts from the adapter that the one before left; void attempts are
                   numbered; only the last round may lack a result. All who signed trained with the contract's
                   mechanism and saw the same cohort. No sum is over fewer sites than the contract allows; each site in

@@ -73,7 +73,8 @@ def consistency(facts: Facts, found: Findings) -> str:
 
 
 def witnesses(facts: Facts, found: Findings) -> str:
-    """Every round that changed the adapter lies under a head that enough sites signed, each under its own name."""
+    """Every round that changed the adapter lies under a head that enough sites signed, each under its own name; but for
+    the last one, after which a site may have vanished: then it says so."""
     agreed = facts.agreed()
     certificates = {p.name: {p.fingerprint: p.certificate} for p in facts.peers.values() if p.role is Role.SITE}
     signers = {size: _signers(size, each, certificates, facts.heads.get(size), found)
@@ -82,14 +83,15 @@ def witnesses(facts: Facts, found: Findings) -> str:
     covered = max((size for size, names in signers.items() if len(names) >= least), default=0)
     place = {entry.sha256: i for i, entry in enumerate(_entries(facts), _before(facts).size + 1)}
     rounds = [e.path for e in facts.events if isinstance(e.predicate, Round) and e.predicate.outcome == "done"]
-    ends = max((place.get(facts.raw.sha256(path), last + 1) for path in rounds), default=0)
-    found.expect(bool(covered) and ends <= covered,
+    bare = [path for path in rounds if place.get(facts.raw.sha256(path), last + 1) > covered]
+    found.expect(bool(covered) and bare in ([], rounds[-1:]),
                  f"a round lies under no head that {least} sites signed: two histories can't be told apart")
     facts.witnesses = signers.get(last, set())
     later = "" if covered == last else (
-        f"; what was stated after the last round (entries {covered + 1} to {last}) only {len(facts.witnesses)} sites signed")
+        f"; {'THE LAST ROUND AND ' if bare else ''}what came later (entries {covered + 1} to {last}) only "
+        f"{len(facts.witnesses)} sites signed")
     names = ", ".join(sorted(signers.get(covered, ())))
-    return f"{len(signers.get(covered, ()))} of {len(agreed.sites)} sites signed the log with all rounds: {names}{later}"
+    return f"{len(signers.get(covered, ()))} of {len(agreed.sites)} sites signed the log: {names}{later}"
 
 
 def _signers(size: int, each: _Signed, certificates: Mapping[str, Mapping[str, Certificate]], head: Head | None,
