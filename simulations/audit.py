@@ -109,10 +109,12 @@ class CanaryTrainer(LocalTrainer):
         self._logits = logits
 
 
-def audit(contract: Contract, site: str, place: Place, *, canaries: int, rounds: int, seed: int,
-          alpha: float) -> Finding:
+def audit(contract: Contract, site: str, place: Place, *, canaries: int, rounds: int, seed: int, alpha: float,
+          live: bool = False) -> Finding:
     """Run `rounds` noisy steps of the first phase at one site, each released, and judge them.
 
+    live: whether the site's own records contribute. Otherwise they are in place with a label outside the contract, so the
+    trainer samples them and counts them as zero: privacy is to hold with any records, and these hide no canary.
     Local steps are released one by one, which is what the accountant assumes of them. Raises UsageError `dp.parameter`
     (canaries, alpha), `dp.unbounded` (trust=none); CheckFailed `audit.inert`; what LocalTrainer raises.
     """
@@ -125,7 +127,7 @@ def audit(contract: Contract, site: str, place: Place, *, canaries: int, rounds:
     planted = np.repeat(np.flatnonzero(included), mechanism.group)
     with tempfile.TemporaryDirectory(prefix="consilo-") as folder:
         copy = Place(place.model, Path(folder) / "planted.jsonl", person="person")
-        first = _plant(contract, place, copy.data, planted)
+        first = _plant(contract, place, copy.data, planted, live)
         trainer = CanaryTrainer(contract, site, copy, first=first, planted=planted, canaries=canaries, rng=rng)
     return judge(_scores(trainer, contract, mechanism, rounds, rng), included, mechanism, alpha=alpha)
 
@@ -143,14 +145,14 @@ def _scores(trainer: CanaryTrainer, contract: Contract, mechanism: DpMechanism, 
     return scores
 
 
-def _plant(contract: Contract, place: Place, out: Path, canaries: NDArray[np.int64]) -> int:
+def _plant(contract: Contract, place: Place, out: Path, canaries: NDArray[np.int64], live: bool) -> int:
     """Write the site's records, then one for each of `canaries`. Returns the number of the first of those."""
     by_person = contract.privacy.unit == "person"
     records = load_records(place.data, contract.data.labels, text=place.text, label=place.label,
                            person=place.person if by_person else None)
     owners = np.arange(len(records)) if records.owners is None else records.owners
     rows: list[dict[str, Any]] = [
-        {"text": text, "label": contract.data.labels[label] if ok else None, "person": f"person {owner}"}
+        {"text": text, "label": contract.data.labels[label] if ok and live else None, "person": f"person {owner}"}
         for text, label, ok, owner in zip(records.texts, records.labels, records.valid, owners, strict=True)]
     rows += [{"text": "canary", "label": contract.data.labels[0], "person": f"canary {k}"} for k in canaries]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

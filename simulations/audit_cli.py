@@ -19,6 +19,7 @@ def audit_command(
         site: Annotated[str | None, typer.Option("--site", help="Whose records; the first site if not given.")] = None,
         canaries: Annotated[int, typer.Option(min=1, help="At most as many as the head has weights.")] = 200,
         rounds: Annotated[int | None, typer.Option(min=1, help="Noisy steps; those of all rounds if not given.")] = None,
+        live: Annotated[bool, typer.Option("--live", help="The site's own records contribute, and hide canaries.")] = False,
         seed: Annotated[int, typer.Option(min=0, help="Of the coins that include canaries.")] = 0,
         confidence: Annotated[float, typer.Option(min=0.5, max=0.9999, help="1 - alpha.")] = 0.99,
         out: Annotated[Path, typer.Option("--out", help="Output folder.")] = Path("outputs/audit"),
@@ -43,9 +44,10 @@ def audit_command(
         embedded(settings)
         contract, name, place = configured(settings, site)
         steps = rounds or settings.privacy.rounds * settings.privacy.local_steps
-        finding = audit(contract, name, place, canaries=canaries, rounds=steps, seed=seed, alpha=1 - confidence)
+        finding = audit(contract, name, place, canaries=canaries, rounds=steps, seed=seed,
+                        alpha=1 - confidence, live=live)
     found = finding.as_dict() | {"seed": seed, "model": settings.model.name, "data": settings.data.name, "site": name,
-                                 "unit": settings.privacy.unit}
+                                 "unit": settings.privacy.unit, "live": live}
     out.mkdir(parents=True, exist_ok=True)
     FileLayer().write_atomic(out / "audit.json", canonical(found) + b"\n")
     bound, tests = found["lower_bound"], found["tests"]
