@@ -68,10 +68,17 @@ def summary(path: Path, signer: Signer) -> LedgerSummary | None:
     return check_extract(data[:split_lines(data)[1]], signer.certificate) if data else None
 
 
-def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, state: Path, *, approver: str) -> Path:
-    """Write this site's signed approval, durably; an older one of the same contract is replaced."""
+def approve(contract: Contract, site: str, policy: SitePolicy, signer: Signer, state: Path, *, approver: str,
+            signature: bytes = b"") -> Path:
+    """Write this site's signed approval, durably; an older one of the same contract is replaced.
+
+    The contract stays beside it, and the engineer's signature file if given, for the site's own evidence.
+    """
     folder = state / FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    FileLayer().write_atomic(folder / f"{contract.digest}.contract.json", contract.to_bytes())
+    if signature:
+        FileLayer().write_atomic(folder / f"{contract.digest}.signature.json", signature)
     path = folder / f"{contract.digest}.json"
     FileLayer().write_atomic(path, approval(contract, site, policy=policy.digest, approver=approver, signer=signer))
     return path

@@ -92,6 +92,7 @@ def approve_command(
     from conf import load_settings
     from fl_client.agent import LEDGER, Papers
     from fl_client.approval import approve, describe, hand_in, summary
+    from privacy.files import read_file
 
     site = load_settings(overrides or []).site
     papers = Papers.load(site)
@@ -102,11 +103,47 @@ def approve_command(
         cli_edge.emit({"approved": False}, as_json, "Not approved; nothing was recorded.")
         raise typer.Exit(3)
     path = approve(papers.contract, site.name, papers.policy, papers.signer, Path(site.state),
-                   approver=approver or papers.policy.approver)
+                   approver=approver or papers.policy.approver, signature=read_file(Path(site.signature)))
     code = hand_in(site, papers.contract, path) if site.control_url else None
     cli_edge.emit({"approved": True, "contract": papers.contract.digest, "sent": bool(site.control_url) and code is None,
                    "code": code}, as_json, "Approved, and recorded." + (
                        f" The coordinator doesn't know yet ({code}): approve again when it can be reached." if code else ""))
+
+
+evidence = typer.Typer(no_args_is_help=True, help="What this site can show its own auditor.")
+app.add_typer(evidence, name="evidence")
+
+
+@evidence.command("export")
+def export_command(overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,
+                   out: Annotated[Path, typer.Option("--out", help="New folder.")] = Path("evidence"),
+                   as_json: Json = False) -> None:
+    """Write this site's own evidence: the whole ledger, contracts, approvals, what it signed; all jobs of the lineage."""
+    from conf import load_settings
+    from fl_client.evidence import export
+
+    export(load_settings(overrides or []).site, out)
+    cli_edge.emit({"bundle": str(out)}, as_json, f"{out}: check it with fl-privacy verify {out} --ca SHA256")
+
+
+@app.command("withdraw")
+def withdraw_command(overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for run")] = None,
+                     approver: Annotated[str, typer.Option("--approver", help="Who withdraws; default: the policy's.")] = "",
+                     yes: Annotated[bool, typer.Option("--yes", help="Withdraw without asking.")] = False,
+                     out: Annotated[Path, typer.Option("--out", help="For the signed statement.")] = Path("withdrawal.json"),
+                     as_json: Json = False) -> None:
+    """Leave a contract (stop the agent first). What was released stays released, what was spent stays spent."""
+    from conf import load_settings
+    from fl_client.evidence import withdraw
+    from privacy.files import FileLayer
+
+    site = load_settings(overrides or []).site
+    if not yes and not typer.confirm(f"Withdraw {site.name} from the contract in {site.contract}?", err=True):
+        cli_edge.emit({"withdrawn": False}, as_json, "Not withdrawn; nothing was recorded.")
+        raise typer.Exit(3)
+    FileLayer().write_atomic(out, withdraw(site, approver))
+    cli_edge.emit({"withdrawn": True, "statement": str(out)}, as_json,
+                  f"Withdrawn, and recorded. Send {out} to the coordinator's operator.")
 
 
 @app.command("doctor")

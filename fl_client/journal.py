@@ -1,4 +1,6 @@
-"""What a site must remember across a crash: attempts begun, updates spent, sums released. Appended and fsynced.
+"""What a site must remember across a crash: attempts begun, updates spent, sums released, statements signed.
+
+Appended and fsynced.
 
 (run, round, attempt) only ever grows: an attempt that was begun is never begun again, so nothing is masked twice.
 """
@@ -11,7 +13,7 @@ from typing import Any
 
 from privacy.canonical import canonical, parse
 from privacy.errors import Aborted, CheckFailed, Refused, UsageError
-from privacy.files import FileLayer
+from privacy.files import FileLayer, read_file
 
 Slot = tuple[int, int]  # (round, attempt)
 
@@ -67,6 +69,10 @@ class SiteJournal:
         """Durable before M9: the sum with this T3 may become known."""
         self._append({"event": "unmasked", "run": run, "round": round_no, "attempt": attempt, "transcript": transcript})
 
+    def stated(self, kind: str, envelope: str) -> None:
+        """Durable before it leaves: what this site signed, for its own evidence."""
+        self._append({"event": "stated", "kind": kind, "envelope": envelope})
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
@@ -85,7 +91,19 @@ class SiteJournal:
                           "Free or repair the disk, then start the agent again.") from e
 
     def _remember(self, event: dict[str, Any]) -> None:
+        if event["event"] == "stated":
+            return
         run = str(event["run"])
         self._begun.setdefault(run, set()).add((int(event["round"]), int(event["attempt"])))
         if event["event"] == "spent":
             self._spent.add(str(event["adapter"]))
+
+
+def read_statements(path: Path) -> list[tuple[str, bytes]]:
+    """(kind, envelope) of what the site signed, in order, each once. Raises UsageError `file.missing`, `json.invalid`."""
+    data, out = read_file(path), dict[tuple[str, bytes], None]()
+    for line in data[:data.rfind(b"\n") + 1].splitlines():
+        event = parse(line)
+        if event.get("event") == "stated":
+            out[str(event["kind"]), str(event["envelope"]).encode()] = None
+    return list(out)

@@ -61,7 +61,7 @@ class SiteRound:
         self._encoded: Ring = NOTHING
         self._begun = time.monotonic()
         self._replies = Replies(self._drop_round, self._record)
-        self._statements = SiteStatements(contract, site, signer, ledger)
+        self._statements = SiteStatements(contract, site, signer, ledger, journal.stated)
         if contract.privacy.trust != "none" and ledger is None:
             raise Refused("ledger.missing", "A private contract needs a ledger.", "Open the site's ledger first.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 from fl_client.policy import SitePolicy
 from privacy.canonical import decimal
@@ -16,10 +17,12 @@ from privacy.statements import make
 
 
 class SiteStatements:
-    """Envelopes of one site under one contract. ledger: None exactly when trust is none."""
+    """Envelopes of one site under one contract. ledger: None exactly when trust is none. keep: called with kind and
+    envelope before it is handed out."""
 
-    def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None) -> None:
-        self._contract, self._site, self._signer, self._ledger = contract, site, signer, ledger
+    def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None,
+                 keep: Callable[[str, str], None]) -> None:
+        self._contract, self._site, self._signer, self._ledger, self._keep = contract, site, signer, ledger, keep
 
     def acceptance(self, policy: SitePolicy, approval: Approval) -> str:
         """approval: who agreed to this contract under this policy, as `check_approval` found it."""
@@ -56,4 +59,6 @@ class SiteStatements:
 
     def _make(self, kind: str, subject: tuple[str, str], predicate: dict[str, str | int]) -> str:
         common = {"site": self._site, "run": self._contract.run, "contract": self._contract.digest}
-        return make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate).decode()
+        envelope = make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate).decode()
+        self._keep(kind, envelope)
+        return envelope

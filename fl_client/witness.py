@@ -12,18 +12,28 @@ from typing import Any
 
 from fl_client.app import StageRefused
 from privacy.canonical import canonical, parse
+from privacy.contract import validate
 from privacy.errors import CheckFailed, ConsiloError, Refused, SiteCode
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
 from privacy.ledger import Ledger
 from privacy.ledger_records import Head as LedgerHead
-from privacy.predicates import KINDS
+from privacy.predicates import KINDS, Run, Strict
 from privacy.secagg.peers import CheckCertificate
 from privacy.stages import Checkpoint, Cosigned
 from privacy.statements import open_envelope
-from privacy.transparency import Entry, Head, check_consistency, check_inclusion, open_checkpoint, sign_witness
+from privacy.transparency import EMPTY, Entry, Head, check_consistency, check_inclusion, open_checkpoint, sign_witness
 
 CONFLICT, HEAD = "witness-conflict.json", "witness.json"
+
+
+class _Seen(Strict):
+    """The last head of one log: what was signed, by whom, and in which run this site saw it."""
+
+    run: Run
+    head: Head
+    checkpoint: str
+    certificate: str
 
 
 class Witness:
@@ -36,12 +46,11 @@ class Witness:
                  files: FileLayer | None = None) -> None:
         self._state, self._site, self._signer, self._check = state, site, signer, check_coordinator
         self._files = files or FileLayer()
-        self._heads: dict[str, Any] = {}
+        self._seen: dict[str, _Seen] = {}
         if (state / HEAD).exists():
             try:
-                self._heads = {log: dict(kept, head=Head.model_validate(kept["head"]))
-                               for log, kept in parse(read_file(state / HEAD)).items()}
-            except (ConsiloError, ValueError, TypeError, KeyError, AttributeError) as e:
+                self._seen = {log: validate(_Seen, seen) for log, seen in parse(read_file(state / HEAD)).items()}
+            except (ConsiloError, AttributeError) as e:
                 raise CheckFailed("witness.state", f"{HEAD} isn't what this site wrote.",
                                   "Bring back a copy of it; without it a changed history would go unnoticed.") from e
 
@@ -60,16 +69,18 @@ class Witness:
         head = open_checkpoint(asked.checkpoint.encode(), {peer.fingerprint: peer.certificate})
         if head.log != peer.name:
             raise CheckFailed("log.form", "A checkpoint is of another log than its signer's.", "Tell the coordinator.")
+        if any(seen.run == run and log != head.log for log, seen in self._seen.items()):
+            raise CheckFailed("log.form", "This run was in another coordinator's log before.", "Tell the consortium.")
+        shown = _Seen(run=run, head=head, checkpoint=asked.checkpoint, certificate=asked.certificate)
         if asked.ledger and ledger is not None:
             self._check_ledger(asked, ledger)
-        kept = self._heads.get(head.log)
-        last: Head = kept["head"] if kept else Head(log=head.log, size=0, root="0" * 64)
+        seen = self._seen.get(head.log)
+        last = seen.head if seen else Head(log=head.log, size=0, root=EMPTY.hex())
         if head.size < last.size or (asked.old != last.size and head.size > last.size):
             return Cosigned(size=last.size, statement="")
         proof = [bytes.fromhex(part) for part in asked.proof] if head.size > last.size else []
         if not check_consistency(last.size, bytes.fromhex(last.root), head.size, bytes.fromhex(head.root), proof):
-            self._conflict({"log": head.log, "seen": kept and kept["checkpoint"], "shown": asked.checkpoint,
-                            "certificate": asked.certificate, "proof": list(asked.proof)})
+            self._conflict({"seen": seen and seen.model_dump(), "shown": shown.model_dump(), "proof": list(asked.proof)})
             raise Refused("log.split_view", "The coordinator's log doesn't continue the one that this site saw before.",
                           f"Take {CONFLICT} to the other sites and the consortium: both heads are signed.")
         for each in asked.included:
@@ -77,9 +88,9 @@ class Witness:
             if not check_inclusion(leaf, each.index, head.size, path, bytes.fromhex(head.root)):
                 raise CheckFailed("log.inclusion", "A proof that a statement is in the log doesn't hold.",
                                   "Tell the coordinator's operator.")
-        self._heads[head.log] = {"head": head, "checkpoint": asked.checkpoint}
-        self._files.write_atomic(self._state / HEAD, canonical({
-            log: {**kept, "head": kept["head"].model_dump()} for log, kept in self._heads.items()}))
+        now = {**self._seen, head.log: shown}
+        self._files.write_atomic(self._state / HEAD, canonical({log: seen.model_dump() for log, seen in now.items()}))
+        self._seen = now
         return Cosigned(size=head.size, statement=sign_witness(self._signer, self._site, head).decode())
 
     def _check_ledger(self, asked: Checkpoint, ledger: Ledger) -> None:

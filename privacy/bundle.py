@@ -33,10 +33,21 @@ MAX_BUNDLE_BYTES = 512 * 2**20
 MAX_STATEMENTS = 999_999  # six digits
 
 _NAME = r"[a-z0-9][a-z0-9_.-]{0,62}"
-_STATEMENT = re.compile(rf"statements/(\d{{6}})-({'|'.join(KINDS)})-({_NAME})\.json")
+_STATEMENT = re.compile(rf"statements/([0-9]{{6}})-({'|'.join(KINDS)})-({_NAME})\.json")
 _FIXED = re.compile(rf"manifest\.json|contract\.json|certificates/{_NAME}\.pem|ledgers/{_NAME}\.jsonl"
-                    r"|log/(before\.json|entries\.txt|\d{8}\.json)")
+                    r"|log/(before\.json|entries\.txt|[0-9]{8}\.json)")
 FOLDERS = ("certificates", "ledgers", "log", "statements")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which relative paths a kind of bundle may hold: its folders, and a pattern for whole paths."""
+
+    folders: tuple[str, ...]
+    names: re.Pattern[str]
+
+
+LAYOUT = Layout(FOLDERS, re.compile(f"{_FIXED.pattern}|{_STATEMENT.pattern}"))
 
 
 class Manifest(Predicate):
@@ -66,14 +77,15 @@ class RawBundle:
         return {Path(p).stem: data for p, data in self.files.items() if p.startswith(f"{folder}/")}
 
 
-def read_bundle(path: Path) -> RawBundle:
-    """Read a bundle folder. Raises UsageError `bundle.missing`; CheckFailed `bundle.layout` (a link, a special file,
-    a name or folder that the format doesn't know) and `bundle.limits`. No error quotes a name found in the folder."""
+def read_bundle(path: Path, layout: Layout = LAYOUT) -> RawBundle:
+    """Read a bundle folder (a run's, if `layout` isn't given). Raises UsageError `bundle.missing`; CheckFailed
+    `bundle.layout` (a link, a special file, a name or folder that the format doesn't know) and `bundle.limits`. No error
+    quotes a name found in the folder."""
     if not path.is_dir():
         raise UsageError("bundle.missing", "There is no bundle folder at that path.", "Give its folder.")
     files: dict[str, bytes] = {}
     total = 0
-    for name in _names(path):
+    for name in _names(path, layout):
         data = _read(path / name)
         total += len(data)
         if total > MAX_BUNDLE_BYTES:
@@ -82,10 +94,10 @@ def read_bundle(path: Path) -> RawBundle:
     return RawBundle(files)
 
 
-def _names(root: Path) -> list[str]:
+def _names(root: Path, layout: Layout) -> list[str]:
     """Relative paths of all files, sorted; everything else than the format's files and folders is refused."""
     names: list[str] = []
-    for folder in ("", *FOLDERS):
+    for folder in ("", *layout.folders):
         here = root / folder
         if folder and here.is_symlink():
             raise _layout("a folder is a symbolic link")
@@ -93,12 +105,12 @@ def _names(root: Path) -> list[str]:
             continue
         with os.scandir(here) as entries:
             for entry in entries:
-                if not folder and entry.name in FOLDERS and entry.is_dir():
+                if not folder and entry.name in layout.folders and entry.is_dir():
                     continue
                 name = f"{folder}/{entry.name}" if folder else entry.name
                 if not entry.is_file(follow_symlinks=False):
                     raise _layout("there is a link, a special file or a folder that doesn't belong")
-                if not (_FIXED.fullmatch(name) or _STATEMENT.fullmatch(name)):
+                if not layout.names.fullmatch(name):
                     raise _layout("there is a file whose name isn't in the format")
                 names.append(name)
                 if len(names) > MAX_FILES:
@@ -209,7 +221,7 @@ class BundleWriter:
             raise Refused("bundle.other_run", f"{name} in this folder belongs to another run.", "Use a new folder.")
 
     def _write(self, name: str, data: bytes) -> None:
-        if not (_FIXED.fullmatch(name) or _STATEMENT.fullmatch(name) or name == "manifest.json"):
+        if not LAYOUT.names.fullmatch(name):
             raise UsageError("bundle.name", "A name doesn't fit the bundle's format.", "Use a-z, 0-9 and -.")
         if (self._root / "manifest.json").exists():
             raise Refused("bundle.sealed", "This bundle has been sealed.", "Write to a new folder.")

@@ -28,7 +28,7 @@ RefusalCode = Literal[
     "contract.expired", "ledger.mismatch", "policy.cohort", "policy.delta", "policy.epsilon", "policy.non_private",
     "policy.reveal_update", "policy.rule", "policy.sigma", "policy.sign_off", "policy.unit", "policy.weights",
     "site.adapter_invalid", "site.budget_exhausted", "site.contract_mismatch", "site.history_conflict",
-    "site.model_mismatch"]
+    "site.model_mismatch", "site.withdrawn"]
 REFUSALS: tuple[str, ...] = get_args(RefusalCode)
 Enforced = Literal["pld", "pld+filter"]
 

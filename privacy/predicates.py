@@ -137,6 +137,17 @@ class Release(Predicate):
     units: Count
 
 
+class Withdrawal(Predicate):
+    """The site takes part no more. What was released stays released; what was spent stays spent."""
+
+    site: Name
+    lineage: Run | Literal[""]
+    ledger_seq: Count
+    ledger_head: Sha256 | Literal[""]
+    withdrawn: Moment
+    approver: Person = Field(description="who withdrew the approval")
+
+
 @dataclass(frozen=True)
 class Kind:
     """A statement's name in file names, its predicateType, the role that may sign it, and its predicate."""
@@ -154,5 +165,6 @@ KINDS = {kind.name: kind for kind in (
     Kind("round", "urn:consilo:round:2", "coordinator", Round),
     Kind("evaluation", "urn:consilo:evaluation:1", "coordinator", Evaluation),
     Kind("closing", "urn:consilo:closing:1", "site", Closing),
+    Kind("withdrawal", "urn:consilo:withdrawal:1", "site", Withdrawal),
     Kind("release", "urn:consilo:release:1", "coordinator", Release),
 )}

@@ -6,11 +6,13 @@ The contract itself stays canonical JSON; what signs it lies beside it and names
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from pydantic import Field
 
@@ -65,9 +67,14 @@ def sign_contract(contract: Contract, signer: Signer) -> bytes:
 def check_signature(data: bytes, contract: Contract, trust: TrustStore, *, at: datetime | None = None) -> Peer:
     """Who signed this contract. Raises CheckFailed `contract.signature`, and Refused `identity.*` unless it is an engineer
     of this consortium, valid and not revoked."""
+    now = at or datetime.now(UTC)
+    return read_signature(data, contract, lambda c: trust.check(c, Role.ENGINEER, usage="signing", at=now))
+
+
+def read_signature(data: bytes, contract: Contract, check: Callable[[x509.Certificate], Peer]) -> Peer:
+    """`check_signature`, with the check of the engineer's certificate left to the caller."""
     signed = validate(_Signed, parse(data))
-    certificate = load_certificate(signed.certificate.encode())
-    peer = trust.check(certificate, Role.ENGINEER, usage="signing", at=at or datetime.now(UTC))
+    peer = check(load_certificate(signed.certificate.encode()))
     said = open_envelope(signed.envelope.encode(), {peer.fingerprint: peer.certificate})
     expected = ContractSignature(run=contract.run, contract=contract.digest, purpose=contract.purpose,
                                  expires=contract.expires)
@@ -93,16 +100,24 @@ def check_approval(data: bytes, contract: Contract, site: str, *, policy: str, s
     """What this site approved. Raises Refused `contract.not_approved` if that was another contract, under another policy
     or code, or isn't this site's own signature."""
     try:
-        signed = validate(_Signed, parse(data))
-        said = open_envelope(signed.envelope.encode(), {signer.fingerprint: signer.certificate})
-        got = validate(Approval, said.predicate)
-        if said.predicate_type == APPROVAL_TYPE and (got.site, got.run, got.contract, got.policy, got.code) == (
-                site, contract.run, contract.digest, policy, code_digest()):
+        got = read_approval(data, contract, site, signer)
+        if (got.policy, got.code) == (policy, code_digest()):
             return got
     except ConsiloError:
         pass
     raise Refused("contract.not_approved", "This contract wasn't approved here under the present policy and code.",
                   "Read it with fl-client approve, and approve it if you agree.")
+
+
+def read_approval(data: bytes, contract: Contract, site: str, signer: Signer | Peer) -> Approval:
+    """What the site once approved, whatever is in force there now. Raises CheckFailed `statement.*`, `contract.signature`
+    (of another contract or site); UsageError."""
+    signed = validate(_Signed, parse(data))
+    said = open_envelope(signed.envelope.encode(), {signer.fingerprint: signer.certificate})
+    got = validate(Approval, said.predicate)
+    if said.predicate_type != APPROVAL_TYPE or (got.site, got.run, got.contract) != (site, contract.run, contract.digest):
+        raise CheckFailed("contract.signature", "The approval is of another contract or site.", "Ask that site.")
+    return got
 
 
 def _signed(signer: Signer, envelope: bytes) -> bytes:

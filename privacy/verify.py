@@ -46,15 +46,19 @@ from typing import Any, Literal
 
 from privacy.bundle import RawBundle, read_bundle
 from privacy.errors import CheckFailed, ConsiloError, UsageError
+from privacy.site_bundle import is_site_bundle, read_site_bundle
 from privacy.verify_contract import contract
 from privacy.verify_log import consistency, inclusion, witnesses
 from privacy.verify_run import epsilons, ledgers, release, rounds
+from privacy.verify_site import STEPS as SITE_STEPS
+from privacy.verify_site import SiteFacts
 from privacy.verify_trust import Facts, Findings, anchor, certificates, manifest, statements
 
 MAX_FINDINGS = 12  # of one step that are spelled out; the rest is counted
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 
-STEPS: tuple[tuple[str, Callable[[Facts, Findings], str]], ...] = (
+Steps = tuple[tuple[str, Callable[[Any, Findings], str]], ...]
+STEPS: Steps = (
     ("anchor", anchor), ("certificates", certificates), ("manifest", manifest), ("statements", statements),
     ("contract", contract), ("inclusion", inclusion), ("consistency", consistency), ("witnesses", witnesses),
     ("rounds", rounds), ("ledgers", ledgers), ("epsilon", epsilons), ("release", release),
@@ -82,37 +86,48 @@ class Verdict:
 
 
 def verify_bundle(path: Path, ca: str | None = None) -> Verdict:
-    """Check a bundle folder. ca: SHA-256 of the root certificate's DER in hex, from outside the bundle.
+    """Check the folder of a run bundle, or of a site bundle (`privacy.verify_site`). ca: SHA-256 of the root certificate's
+    DER in hex, from outside the bundle.
 
     Raises UsageError `bundle.missing` (no such folder) and `verify.fingerprint` (not 64 hex digits); anything wrong
     inside the bundle is a FAIL.
     """
+    if is_site_bundle(path):
+        return _verdict(lambda: SiteFacts(read_site_bundle(path), _fingerprint(ca)), SITE_STEPS)[0]
     return examine(path, ca)[0]
 
 
 def examine(path: Path, ca: str | None = None) -> tuple[Verdict, Facts]:
-    """`verify_bundle`, with the verified facts for a report. Raises as it does."""
-    if ca is not None:
-        ca = ca.strip().replace(":", "").lower()
-        if not _FINGERPRINT.fullmatch(ca):
-            raise UsageError("verify.fingerprint", "The fingerprint is not 64 hex digits.",
-                             "Take it from ca.sha256, which the consortium's CA gave you.")
+    """A run bundle's verdict, with the verified facts for a report. Raises as `verify_bundle` does."""
+    return _verdict(lambda: Facts(read_bundle(path), _fingerprint(ca)), STEPS)
+
+
+def _fingerprint(ca: str | None) -> str | None:
+    if ca is None:
+        return None
+    ca = ca.strip().replace(":", "").lower()
+    if not _FINGERPRINT.fullmatch(ca):
+        raise UsageError("verify.fingerprint", "The fingerprint is not 64 hex digits.",
+                         "Take it from ca.sha256, which the consortium's CA gave you.")
+    return ca
+
+
+def _verdict(read: Callable[[], Facts], checks: Steps) -> tuple[Verdict, Facts]:
     try:
-        facts = Facts(read_bundle(path), ca)
+        facts = read()
         steps = [Step("files", True, f"{len(facts.raw.files)} files of the format, within limits")]
     except CheckFailed as e:
-        facts = Facts(RawBundle({}), ca)
         steps = [Step("files", False, f"{e.cause} ({e.code})")]
-        steps += [Step(name, False, "not checked: the folder was refused") for name, _ in STEPS]
-        return Verdict("FAIL", False, tuple(steps)), facts
-    steps += [_run(name, check, facts) for name, check in STEPS]
-    anchored = ca is not None and steps[1].ok
+        steps += [Step(name, False, "not checked: the folder was refused") for name, _ in checks]
+        return Verdict("FAIL", False, tuple(steps)), Facts(RawBundle({}), None)
+    steps += [_run(name, check, facts) for name, check in checks]
+    anchored = facts.ca is not None and steps[1].ok
     if not all(step.ok for step in steps):
         return Verdict("FAIL", anchored, tuple(steps)), facts
     return Verdict("PASS" if anchored else "UNANCHORED", anchored, tuple(steps)), facts
 
 
-def _run(name: str, check: Callable[[Facts, Findings], str], facts: Facts) -> Step:
+def _run(name: str, check: Callable[[Any, Findings], str], facts: Facts) -> Step:
     """One step. The broad except is the boundary to hostile input: whatever it provokes is a finding."""
     found = Findings()
     detail = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -102,7 +103,8 @@ def certificates(facts: Facts, found: Findings) -> str:
             found.expect(cert == ca, "an issuing CA stands under another role's name")
             continue
         try:
-            peer = _peer(trust, cert)
+            role = next((r for r in ROLES if r in trust.issuing and trust.issuing[r].subject == cert.issuer), Role.SITE)
+            peer = peer_of(trust, cert, role)
         except ConsiloError as e:
             found.append(f"a certificate is refused ({e.code})")
             continue
@@ -116,9 +118,13 @@ def certificates(facts: Facts, found: Findings) -> str:
     return f"1 coordinator, 1 engineer and {roles[Role.SITE]} sites, each under the CA of its role"
 
 
-def _peer(trust: TrustStore, cert: x509.Certificate) -> Peer:
-    """The peer under the CA that issued it, at the first moment of its validity: statements carry no time."""
-    role = next((r for r in ROLES if r in trust.issuing and trust.issuing[r].subject == cert.issuer), Role.SITE)
+def peer_of(trust: TrustStore | None, cert: x509.Certificate, role: Role) -> Peer:
+    """The holder of a certificate of that role, at the first moment of its validity: statements carry no time.
+
+    Raises Refused `identity.*`; CheckFailed `verify.no_root`.
+    """
+    if trust is None:
+        raise CheckFailed("verify.no_root", "There is no root to check against.", "See the anchor step.")
     links = [cert, trust.root, *([trust.issuing[role]] if role in trust.issuing else [])]
     return trust.check(cert, role, usage="signing", at=max(link.not_valid_before_utc for link in links))
 
@@ -127,14 +133,18 @@ def manifest(facts: Facts, found: Findings) -> str:
     statement, signer = _open(facts, "manifest.json", MANIFEST)
     predicate = validate(Manifest, statement.predicate)
     facts.events.append(Event("manifest.json", signer.name, predicate))
-    listed = predicate.files
-    there = {name for name in facts.raw.files if name != "manifest.json"}
+    check_listed(facts.raw, predicate.files, found)
+    found.expect(_subject_holds(facts, statement, predicate), "the manifest is about another subject than it says")
+    return f"signed by the coordinator; {len(predicate.files)} files are listed and unchanged"
+
+
+def check_listed(raw: RawBundle, listed: Mapping[str, str], found: Findings) -> None:
+    """The files are those of a manifest, with the digests that it lists."""
+    there = {name for name in raw.files if name != "manifest.json"}
     found.expect(not there - listed.keys(), "there is a file that the manifest doesn't list")
     found.expect(not listed.keys() - there, "a file that the manifest lists is missing")
-    changed = sorted(name for name in there & listed.keys() if facts.raw.sha256(name) != listed[name])
+    changed = sorted(name for name in there & listed.keys() if raw.sha256(name) != listed[name])
     found.extend(f"{name} is not the file that the manifest lists" for name in changed)
-    found.expect(_subject_holds(facts, statement, predicate), "the manifest is about another subject than it says")
-    return f"signed by the coordinator; {len(listed)} files are listed and unchanged"
 
 
 def statements(facts: Facts, found: Findings) -> str:

@@ -75,7 +75,7 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
             own.mkdir(parents=True, exist_ok=True)
             signer = _signer(folder, name)
             consider(contract, name, policy, signer, own)
-            approve(contract, name, policy, signer, own, approver="simulation")
+            approve(contract, name, policy, signer, own, approver="simulation", signature=signature)
             ledger = open_ledger(contract, name, policy, signer, own)
             journal = SiteJournal(own / "rounds.jsonl")
             stack.callback(journal.close)

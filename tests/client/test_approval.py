@@ -77,7 +77,7 @@ def test_attack_contract_with_each_field_changed(people: People, tiny_contract: 
     approved(contract, "site-a", POLICY, people.signers["site-a"], tmp_path)
     with pytest.raises(Refused, match=r"contract\.not_approved"):
         approved(changed, "site-a", POLICY, people.signers["site-a"], tmp_path)
-    file = next((tmp_path / "approvals").iterdir())
+    file = tmp_path / "approvals" / f"{contract.digest}.json"
     file.rename(file.with_name(f"{changed.digest}.json"))
     with pytest.raises(Refused, match=r"contract\.not_approved"):
         approved(changed, "site-a", POLICY, people.signers["site-a"], tmp_path)

@@ -63,7 +63,7 @@ def test_what_engineer_and_site_sign_holds(copy: Path, parties: Consortium) -> N
     yes = check_approval(approval(agreed, "clinic-a", policy=policy.digest, approver="Dr Lin", signer=signer), agreed,
                          "clinic-a", policy=policy.digest, signer=signer)
     ledger = cast(Any, SimpleNamespace(lineage=lineage, cap=10.0))
-    made.write_text(SiteStatements(agreed, "clinic-a", signer, ledger).acceptance(policy, yes))
+    made.write_text(SiteStatements(agreed, "clinic-a", signer, ledger, lambda kind, envelope: None).acceptance(policy, yes))
     verdict = verify_bundle(relog(copy, parties), parties.fingerprint)
     assert verdict.verdict == "PASS", verdict.as_dict()
     assert verdict.steps[2].detail == "1 coordinator, 1 engineer and 4 sites, each under the CA of its role"
