@@ -47,6 +47,7 @@ class Witness:
         self._state, self._site, self._signer, self._check = state, site, signer, check_coordinator
         self._files = files or FileLayer()
         self._seen: dict[str, _Seen] = {}
+        self._conflicting = (state / CONFLICT).exists()
         if (state / HEAD).exists():
             try:
                 self._seen = {log: validate(_Seen, seen) for log, seen in parse(read_file(state / HEAD)).items()}
@@ -56,7 +57,7 @@ class Witness:
 
     def require_trust(self) -> None:
         """Raises StageRefused once the coordinator was seen to contradict itself, or this site's ledger to fall back."""
-        if (self._state / CONFLICT).exists():
+        if self._conflicting:
             raise StageRefused(SiteCode.HISTORY)
 
     def cosign(self, asked: Checkpoint, run: str, ledger: Ledger | None) -> Cosigned:
@@ -109,4 +110,5 @@ class Witness:
             raise Refused(e.code, e.cause, e.mend) from e
 
     def _conflict(self, found: dict[str, Any]) -> None:
+        self._conflicting = True  # whether or not the disk takes it
         self._files.write_atomic(self._state / CONFLICT, canonical(found))

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from privacy.canonical import canonical, parse
-from privacy.errors import CheckFailed, Refused
+from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
 from privacy.transparency import Entry, Frontier, Head, MerkleTree, sign_checkpoint
@@ -37,7 +37,7 @@ class TransparencyLog:
         self._index: dict[Entry, int] = {}
         self._read = 0
         with self._leased():
-            pass
+            self._files.sync_folder(folder)
 
     def extend(self, entries: Sequence[Entry]) -> tuple[Head, bytes]:
         """Append those that aren't there yet; returns the new head, and the signed checkpoint."""
@@ -65,11 +65,18 @@ class TransparencyLog:
     def ledger_heads(self) -> dict[str, str]:
         """Envelopes in which sites named a head of their ledger, the newest by `site lineage`."""
         path = self._folder / "heads.json"
-        return dict(parse(read_file(path))) if path.exists() else {}
+        try:
+            heads = parse(read_file(path)) if path.exists() else {}
+            if isinstance(heads, dict) and all(isinstance(envelope, str) for envelope in heads.values()):
+                return heads
+        except ConsiloError as e:
+            raise _broken(path) from e
+        raise _broken(path)
 
     def keep_ledger_heads(self, newest: Mapping[str, str]) -> None:
         """Add to them. Durable."""
-        self._files.write_atomic(self._folder / "heads.json", canonical({**self.ledger_heads(), **newest}))
+        with self._leased():
+            self._files.write_atomic(self._folder / "heads.json", canonical({**self.ledger_heads(), **newest}))
 
     @contextmanager
     def _leased(self) -> Iterator[int]:
@@ -84,14 +91,16 @@ class TransparencyLog:
                     raise
                 time.sleep(0.01)
         try:
-            data = os.pread(fd, os.fstat(fd).st_size - self._read, self._read)
+            new = os.fstat(fd).st_size - self._read
+            if new < 0:
+                raise _broken(path)
+            data = os.pread(fd, new, self._read)
             whole = data.rfind(b"\n") + 1
             if whole < len(data):
                 self._files.truncate(fd, self._read + whole)
-            found = [_LINE.fullmatch(line) for line in data[:whole].splitlines()]
+            found = [_LINE.fullmatch(line) for line in data[:whole].split(b"\n")[:-1]]
             if None in found:
-                raise CheckFailed("log.broken", f"{path.name} holds a line that the coordinator didn't write.",
-                                  "Restore the file from a copy; sites sign only what continues what they saw.")
+                raise _broken(path)
             self._take([Entry(m[1].decode(), m[2].decode()) for m in found if m])
             self._read += whole
             yield fd
@@ -103,3 +112,8 @@ class TransparencyLog:
             self._index[entry] = len(self.entries)
             self.entries.append(entry)
             self.tree.append(entry.leaf)
+
+
+def _broken(path: Path) -> CheckFailed:
+    return CheckFailed("log.broken", f"{path.name} isn't what the coordinator wrote.",
+                       "Restore the file from a copy; sites sign only what continues what they saw.")

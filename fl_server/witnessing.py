@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate
 
-from fl_server.exchange import Exchange, Note
+from fl_server.exchange import Answer, Exchange, Note
 from fl_server.log import TransparencyLog
 from privacy import stages
 from privacy.bundle import BundleWriter
@@ -29,8 +29,10 @@ class Witnessing:
                  certificates: Mapping[str, Certificate], deadline_s: float) -> None:
         self._log, self._bundle, self._exchange, self._contract = log, bundle, exchange, contract
         self._pem = signer.certificate.public_bytes(Encoding.PEM).decode()
-        self._certificates = {fingerprint(c): c for c in certificates.values()}
-        self._deadline_s, self._before = deadline_s, len(log.entries)
+        self._certificates = {name: {fingerprint(c): c} for name, c in certificates.items()}
+        self._deadline_s = deadline_s
+        first = next((i for i, entry in enumerate(log.entries) if entry.run == contract.run), len(log.entries))
+        self._before = log.frontier(first)  # a run that was begun before accounts for all that it stated
         self._sizes = dict.fromkeys(certificates, 0)  # of the heads that the sites have seen
         self._known = log.ledger_heads()
         self._lineages: dict[str, str] = {}
@@ -53,39 +55,45 @@ class Witnessing:
             included.setdefault(who, []).append(stages.Included(sha256=entry.sha256, index=index, path=path))
             if kind in NAME_LEDGER and self._lineages.get(who):
                 ledgers[f"{who} {self._lineages[who]}"] = envelope.decode()
-        self._log.keep_ledger_heads(ledgers)
+        if ledgers:
+            self._log.keep_ledger_heads(ledgers)
         cosigned: dict[str, bytes] = {}
         todo = sorted(self._exchange.online() & self._sizes.keys())
         for _ in range(2):  # again for a site that has seen another head than this run knows of
             todo = self._ask(head, checkpoint, todo, included, cosigned)
         self._bundle.add_checkpoint(head.size, checkpoint, cosigned)
-        self._bundle.set_log(self._log.frontier(self._before), self._log.entries[self._before:])
+        self._bundle.set_log(self._before, self._log.entries[self._before.size:head.size])
         return sorted(cosigned)
 
     def _ask(self, head: Head, checkpoint: bytes, sites: Sequence[str], included: Mapping[str, list[stages.Included]],
              cosigned: dict[str, bytes]) -> list[str]:
         """Fill `cosigned`; returns the sites to ask again."""
-        notes, again = {}, []
+        notes, again = {}, list[str]()
         for site in sites:
             old = min(self._sizes[site], head.size)
             proof = tuple(part.hex() for part in self._log.tree.consistency(old, head.size))
             notes[site] = Note(stages.dump(stages.Checkpoint(
                 contract=self._contract.digest, certificate=self._pem, checkpoint=checkpoint.decode(), old=old, proof=proof,
                 included=tuple(included.get(site, [])[-16:]), ledger=self._unseen.get(site, ""))))
-        enough = least_witnesses(len(self._contract.sites))
-        for site, answer in self._exchange.ask("witness", notes, deadline_s=self._deadline_s, quorum=enough).items():
+
+        def take(site: str, answer: Answer) -> bool:
+            """Whether it cosigned. Else it may next time; evidence that too few sign doesn't verify."""
             try:
                 got = validate(stages.Cosigned, parse(answer.note.body)) if answer.note else None
                 if got is None:
-                    continue
+                    return False
                 self._unseen.pop(site, None)
                 self._sizes[site] = got.size
                 if not got.statement:
                     again.append(site)
-                    continue
-                said = open_witness(got.statement.encode(), self._certificates)
-                if (said.site, said.log, said.size, said.root) == (site, head.log, head.size, head.root):
-                    cosigned[site] = got.statement.encode()
+                    return False
+                said = open_witness(got.statement.encode(), self._certificates[site])
             except ConsiloError:
-                continue  # it may answer properly next time; evidence that too few sign doesn't verify
+                return False
+            if (said.site, said.log, said.size, said.root) == (site, head.log, head.size, head.root):
+                cosigned[site] = got.statement.encode()
+            return site in cosigned
+
+        self._exchange.ask("witness", notes, deadline_s=self._deadline_s, on_answer=take,
+                           quorum=least_witnesses(len(self._contract.sites)) - len(cosigned))
         return again

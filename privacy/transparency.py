@@ -158,7 +158,7 @@ def check_inclusion(leaf: bytes, index: int, size: int, path: Sequence[bytes], r
 def check_consistency(old: int, old_root: bytes, new: int, new_root: bytes, proof: Sequence[bytes]) -> bool:
     """Whether the proof shows that the tree of `old` leaves is a prefix of the tree of `new` leaves."""
     if old == new or old == 0:
-        return 0 <= old <= new and not proof and (old == 0 or old_root == new_root)
+        return 0 <= old <= new and not proof and old_root == (new_root if old == new else EMPTY)
     if not 0 < old < new or not proof:
         return False
     path = list(proof) if old & (old - 1) else [old_root, *proof]
@@ -180,7 +180,7 @@ def check_consistency(old: int, old_root: bytes, new: int, new_root: bytes, proo
 
 
 def least_witnesses(n: int, n_c: int = 1) -> int:
-    """Of n sites: two heads that contradict each other can't both have so many, unless more than n_c sites lie."""
+    """Of n sites: two heads that contradict each other can't both have so many, unless more than n_c sites lie, or all."""
     return min(n, (n + n_c) // 2 + 1)
 
 
@@ -208,19 +208,18 @@ def sign_witness(signer: Signer, site: str, head: Head) -> bytes:
 
 
 def open_checkpoint(data: bytes, certificates: Mapping[str, x509.Certificate]) -> Head:
-    """Raises CheckFailed `statement.*`, `log.form`. certificates: of coordinators, by fingerprint."""
+    """Raises CheckFailed `statement.*`, `log.form`; UsageError `config.*`. certificates: of coordinators, by fingerprint."""
     return _open(data, certificates, CHECKPOINT, Head)
 
 
 def open_witness(data: bytes, certificates: Mapping[str, x509.Certificate]) -> Witnessed:
-    """Raises CheckFailed `statement.*`, `log.form`. certificates: of sites, by fingerprint."""
+    """Raises as `open_checkpoint` does. certificates: of sites, by fingerprint."""
     return _open(data, certificates, WITNESS, Witnessed)
 
 
 def _open(data: bytes, certificates: Mapping[str, x509.Certificate], kind: str, model: type[H]) -> H:
     said = open_envelope(data, certificates)
-    head = validate(model, said.predicate)
-    if said.predicate_type != kind or said.subject != (("root", head.root),):
+    if said.predicate_type != kind or said.subject != (("root", said.predicate.get("root")),):
         raise CheckFailed("log.form", "A statement about the log is of another type or subject than its place says.",
                           "Ask for it again.")
-    return head
+    return validate(model, said.predicate)
