@@ -96,14 +96,16 @@ def witnesses(facts: Facts, found: Findings) -> str:
 
 def _signers(size: int, each: _Signed, certificates: Mapping[str, Mapping[str, Certificate]], head: Head | None,
              found: Findings) -> set[str]:
-    names = set()
+    names = set[str]()
+    if head is None:
+        return names  # `consistency` has said why
     for name, data in each.witnesses.items():
         try:
             said = open_witness(data.encode(), certificates.get(name, {}))
         except ConsiloError as e:
             found.append(f"a witness of the head of {size} entries is refused ({e.code})")
             continue
-        same = head is not None and (said.log, said.size, said.root) == (head.log, head.size, head.root)
+        same = (said.log, said.size, said.root) == (head.log, head.size, head.root)
         if found.expect(same and said.site == name,
                         f"a witness of the head of {size} entries signed another head, or for another site"):
             names.add(name)
