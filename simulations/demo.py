@@ -126,7 +126,8 @@ def approve_all(out: Path, settings: Settings) -> None:
         papers = Papers.load(SiteSettings(name=name, keys=f"{own}/keys", certificates=f"{own}/certificates",
                                           contract=f"{out}/contract.json", signature=f"{out}/contract.signature.json",
                                           policy=f"{own}/policy.yaml", state=f"{own}/state"))
-        approve(papers.contract, name, papers.policy, papers.signer, own / "state", approver=papers.policy.approver)
+        approve(papers.contract, name, papers.policy, papers.signer, own / "state", approver=papers.policy.approver,
+                signature=read_file(out / "contract.signature.json"))
 
 
 def commands(out: Path, overrides: Sequence[str], settings: Settings, port: int) -> dict[str, list[str]]:

@@ -58,6 +58,11 @@ def test_demo_on_real_processes(overrides: Make, tmp_path: Path) -> None:
     assert verify.endswith(f"fl-privacy verify {out}/evidence --ca {root}")
     passed = tool("privacy.cli", "verify", str(out / "evidence"), "--ca", root, "--json")
     assert passed.returncode == 0
+    own = out / "sites" / "site-a"
+    exported = tool("fl_client.cli", "evidence", "export", "--out", str(tmp_path / "own"), "site.name=site-a",
+                    f"site.keys={own}/keys", f"site.certificates={own}/certificates", f"site.state={own}/state")
+    assert exported.returncode == 0, exported.stderr
+    assert verify_bundle(tmp_path / "own", root).verdict == "PASS"
     assert json.loads(passed.stdout.splitlines()[-1])["verdict"] == "PASS"
     for ca in (["--ca", "0" * 64], []):
         assert tool("privacy.cli", "verify", str(out / "evidence"), *ca).returncode == 1
