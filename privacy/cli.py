@@ -154,11 +154,16 @@ def report_command(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help
                    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the report goes.")],
                    ca: Annotated[str | None, typer.Option("--ca", metavar="SHA256",
                                                           help="Fingerprint of the consortium's root.")] = None,
+                   audit: Annotated[Path | None, typer.Option("--audit", metavar="JSON", help=(
+                       "What fl-simulate audit wrote; shown as no part of the signed evidence."))] = None,
+                   attack: Annotated[Path | None, typer.Option("--attack", metavar="JSON", help=(
+                       "What fl-simulate demo-attack wrote; shown likewise."))] = None,
                    as_json: Json = False) -> None:
-    """Write the report of a run: one HTML file, and JSON beside it."""
+    """Write the report of a run: one HTML file, and JSON beside it. A bundle that fails gives a page that says so."""
     from privacy.report import write_report
 
-    page = write_report(bundle, out, ca=ca)
+    extras = {name: path for name, path in (("audit", audit), ("attack", attack)) if path is not None}
+    page = write_report(bundle, out, ca=ca, **extras)
     emit({"report": str(page)}, as_json, f"Report: {page}")
 
 

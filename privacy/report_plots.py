@@ -1,4 +1,4 @@
-"""The report's two figures, as SVG to be put inside an HTML page.
+"""The report's figures, as SVG to be put inside an HTML page.
 
 Guarantees: the same data gives the same bytes (fixed ids, no date, no user style); text stays text; no address of
 another resource is left in the markup.
@@ -18,6 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+MAX_BARS = 40  # sites that the figure per site shows, those that spent most
 LABELLED_SITES = 8  # more sites are drawn in grey, without a label
 MAX_EPSILON = 700.0  # exp() of it is finite; beyond it nothing is hidden anyway
 _COLOURS = ("#1f4e79", "#b45f06", "#38761d", "#7b2d8b", "#a61c00", "#0b7285", "#6b5900", "#5f3dc4")
@@ -34,6 +35,17 @@ class Charge:
 
     epsilon: float
     done: bool
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One site: epsilon of this run, of its data in all, the cap of its data, and whether it shows a ledger."""
+
+    site: str
+    run: float
+    total: float
+    cap: float
+    ledger: bool
 
 
 def spending_plot(charges: Mapping[str, Sequence[Charge]], caps: Mapping[str, float]) -> str:
@@ -56,7 +68,41 @@ def spending_plot(charges: Mapping[str, Sequence[Charge]], caps: Mapping[str, fl
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("charges in this run (hollow: void attempt)")
         axes.set_ylabel("cumulative epsilon")
-        figure.legend(loc="outside upper left", fontsize=8, frameon=False, ncols=5)
+        figure.legend(loc="outside upper left", fontsize=8, frameon=False, ncols=3)
+        return _svg(figure)
+
+
+def sites_plot(bars: Sequence[Bar], budget: float) -> str:
+    """Epsilon of each site's data, this run's part dark, and its cap; the MAX_BARS that spent most. SVG markup."""
+    shown = sorted(bars, key=lambda bar: -bar.total)[:MAX_BARS] if len(bars) > MAX_BARS else bars
+    with _style("sites"):
+        figure, axes = _axes(6.4, 1.1 + 0.3 * len(shown))
+        axes.grid(visible=False, axis="y")
+        rows = range(len(shown), 0, -1)
+        axes.barh(rows, [bar.total for bar in shown], height=0.55, color="#b9cbdd", label="all jobs on the data")
+        axes.barh(rows, [bar.run for bar in shown], height=0.55, color=_COLOURS[0], label="this run")
+        axes.plot([bar.cap for bar in shown], rows, "|", markersize=13, markeredgewidth=2, color=_COLOURS[4],
+                  label="cap of the data")
+        axes.axvline(budget, color=_INK, linewidth=1.1, dashes=(6, 2), label=f"budget of the run {budget:g}")
+        axes.set_yticks(rows, [bar.site[:24] + ("" if bar.ledger else " (no ledger)") for bar in shown])
+        axes.set_ylim(0.4, len(shown) + 0.6)
+        axes.set_xlim(0, 1.06 * max(budget, *(max(bar.total, bar.cap) for bar in shown)))
+        axes.set_xlabel("epsilon")
+        figure.legend(loc="outside upper left", fontsize=8, frameon=False, ncols=4)
+        return _svg(figure)
+
+
+def metric_plot(points: Sequence[tuple[int, float, str]]) -> str:
+    """A public metric by round: (round, value, name of the metric). SVG markup."""
+    with _style("metric"):
+        figure, axes = _axes(4.6, 2.6)
+        for i, name in enumerate(dict.fromkeys(name for *_, name in points)):
+            line = [(at, value) for at, value, called in points if called == name]
+            axes.plot([at for at, _ in line], [value for _, value in line], "o-", markersize=4, linewidth=1.6,
+                      color=_COLOURS[i % len(_COLOURS)], label=name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("round (0: before training)")
+        axes.legend(loc="best", fontsize=8, framealpha=0.9)
         return _svg(figure)
 
 

@@ -21,6 +21,7 @@ from privacy.accountant import Release, delta_at, epsilon
 from privacy.bundle import read_bundle
 from privacy.report import write_report
 from privacy.report_plots import Charge, spending_plot, trade_off
+from privacy.report_spending import odds as odds_of
 
 CANARY = "canary-7f3a"
 VOID = {"meta", "br", "link", "img", "path", "use"}
@@ -133,7 +134,7 @@ def test_unanchored_report_says_so_and_names_no_fingerprint(good: Path, parties:
     assert facts["command"].endswith("--ca SHA256")
 
 
-def test_failed_bundle_shows_red_and_nothing_else(good: Path, parties: Consortium, tmp_path: Path) -> None:
+def test_case_29_failed_bundle_shows_red_and_nothing_else(good: Path, parties: Consortium, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(good, tmp_path / "evidence"))
     (copy / "contract.json").write_bytes(contract(parties.signers, purpose=CANARY).to_bytes())
     page, facts = read(write_report(copy, tmp_path / "out", ca=parties.fingerprint))
@@ -143,13 +144,15 @@ def test_failed_bundle_shows_red_and_nothing_else(good: Path, parties: Consortiu
         assert hidden not in page
 
 
-def test_non_private_has_its_title_and_no_epsilon(parties: Consortium, tmp_path: Path) -> None:
+def test_case_3_non_private_has_its_title_and_no_epsilon(parties: Consortium, tmp_path: Path) -> None:
     agreed = contract(parties.signers, trust="none", epsilon=None)
     page, facts = read(write_report(write_bundle(tmp_path / "b", parties, agreed), tmp_path, ca=parties.fingerprint))
     assert "<title>NON-PRIVATE" in page and '<h1 class="red">NON-PRIVATE' in page
     assert not {"sites", "budget", "odds"} & facts.keys()
-    assert not re.search(r"(epsilon|ε|delta)\W{0,12}\d", words(page)) and "<svg" not in page
-    assert "Within budget" not in page
+    assert not re.search(r"(epsilon|ε|delta)\W{0,12}\d", words(page)) and "Within budget" not in page
+    figures = re.findall(r'<figure role="img" aria-label="([^"]+)">', page)
+    assert figures == ["Public metric by round"] and "epsilon" not in "".join(re.findall(r"<svg.*?</svg>", page, re.S))
+    assert facts["claims"] == ["C2", "C5", "C7", "C8"] and "privacy_loss" not in [g["group"] for g in facts["disclosure"]]
 
 
 def test_individual_updates_visible(parties: Consortium, tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_odds_are_bounds_on_any_attacker(good: Path, parties: Consortium, tmp_pa
         releases = [Release(1.0, sigma, 1)]
         eps = epsilon(releases, 1e-5)
         grid = [1.25 * eps * i / 24 for i in range(25)]
-        odds = privacy.report._odds(grid, [delta_at(releases, e, interval=1e-3) for e in grid], eps, 1e-5)
+        odds = odds_of(grid, [delta_at(releases, e, interval=1e-3) for e in grid], eps, 1e-5)
         exact = 50 * math.erfc(1 / (2 * sigma) / math.sqrt(2))
         assert float(odds["out"]) <= exact <= float(odds["out"]) + 2
         assert 100 - exact <= float(odds["in"]) <= 100 - exact + 2
@@ -251,7 +254,7 @@ def test_trade_off_curve_lies_below_the_exact_one() -> None:
 
 def test_an_epsilon_that_hides_nothing_says_so() -> None:
     grid, deltas = [0.0, 500.0, 1000.0], [1.0, 1.0, 1e-6]
-    odds = privacy.report._odds(grid, deltas, 1000.0, 1e-5)
+    odds = odds_of(grid, deltas, 1000.0, 1e-5)
     assert (odds["out"], odds["in"]) == ("0", "100")
     assert np.all(np.isfinite(trade_off(grid, deltas)[1]))
 
