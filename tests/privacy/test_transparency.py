@@ -182,6 +182,9 @@ def test_sizes_that_are_nothing() -> None:
     assert not check_consistency(-1, root, 1, root, [])
     assert not check_consistency(-1, root, -1, root, [])
     assert not check_consistency(2, TREE.root(2), 1, root, [])
+    assert not check_consistency(0, EMPTY, -1, root, [])
+    assert not check_consistency(3, root, 1, root, [root]), "it would go on with fewer entries"
+    assert not check_consistency(-1, root, 1, root, [root])
     assert not check_consistency(0, EMPTY, 4, TREE.root(4), [root]), "nothing needs no proof"
     assert not check_consistency(0, root, 4, TREE.root(4), []), "the root of nothing is known"
     assert not check_consistency(0, EMPTY, 0, root, [])

@@ -453,6 +453,13 @@ def test_the_rest_is_not_waited_for_once_enough_have_signed(hub: Hub) -> None:
     assert hub.exchange.asked == [(list(SITES), 3, ["clinic-a", "clinic-c", "clinic-d"]), (["clinic-b"], 0, [])]
 
 
+def test_nothing_new_takes_no_signature_back(hub: Hub) -> None:
+    hub.publish(b"one")
+    hub.silent = set(SITES)
+    assert hub.publish() == []
+    assert hub.heads() == {1: set(SITES)}
+
+
 def test_who_is_offline_is_not_asked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub.exchange, "online", lambda: {"clinic-a", "clinic-d", "stranger"})
     assert hub.publish(b"one") == ["clinic-a", "clinic-d"]
