@@ -185,6 +185,8 @@ def test_sizes_that_are_nothing() -> None:
     assert not check_consistency(0, EMPTY, -1, root, [])
     assert not check_consistency(3, root, 1, root, [root]), "it would go on with fewer entries"
     assert not check_consistency(-1, root, 1, root, [root])
+    for size in (16, 17, 2**40):
+        assert not check_consistency(1, root, size, TREE.root(8), TREE.consistency(1, 8)), "the proof ends below the root"
     assert not check_consistency(0, EMPTY, 4, TREE.root(4), [root]), "nothing needs no proof"
     assert not check_consistency(0, root, 4, TREE.root(4), []), "the root of nothing is known"
     assert not check_consistency(0, EMPTY, 0, root, [])

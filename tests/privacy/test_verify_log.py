@@ -424,6 +424,19 @@ def test_no_witness_at_all(case: Case) -> None:
     case.fails("witnesses", "under no head")
 
 
+@pytest.mark.parametrize("attempts", [((1, 0, True),), ((1, 0, False),)])
+def test_no_witness_of_a_run_of_one_round_or_none(attempts: Any, parties: Consortium, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last round is its first; and that no round was done is a history, too."""
+    monkeypatch.setattr(evidence_fixture, "ATTEMPTS", attempts)
+    edit = lambda kind, p: None if kind == "release" and not attempts[0][2] else (  # noqa: E731
+        {**p, "metric_after": "0.6"} if kind == "release" else p)
+    case = Case(write_bundle(tmp_path / "b", parties, edit=edit), parties)
+    case.passes()
+    case.log(dict.fromkeys(case.sizes, ()))
+    case.fails("witnesses", "under no head")
+
+
 def test_witnesses_of_the_start_alone(case: Case) -> None:
     """They signed something once; all but the last round must lie under a head of theirs."""
     case.log({size: SITES if i < 2 else () for i, size in enumerate(case.sizes)})
@@ -495,6 +508,14 @@ def test_witness(forged: str, case: Case, tmp_path: Path) -> None:
 def test_witness_that_is_no_site(name: str, case: Case) -> None:
     case.edit(case.sizes[-1], lambda said: said["witnesses"].update({name: said["witnesses"].pop("clinic-a")}))
     case.fails("witnesses", "is refused (statement.key)")
+
+
+@pytest.mark.parametrize("who", [HUB, "lab"])
+def test_coordinator_and_engineer_are_no_witnesses(who: str, case: Case) -> None:
+    """Or the coordinator could make up for a site that doesn't sign."""
+    for sites in (SITES[:2], SITES):
+        case.log(dict.fromkeys(case.sizes, (*sites, who)))
+        case.fails("witnesses", "is refused (statement.key)")
 
 
 def test_witnesses_exchanged(case: Case) -> None:
