@@ -53,12 +53,23 @@ class LoraTerms(Terms):
     seed: int = Field(0, ge=0, lt=2**32, description="of the shared frozen A")
 
 
+class SiteRank(Terms):
+    site: Name
+    r: int = Field(ge=1, le=1024)
+
+
 class RuleTerms(Terms):
     name: str = "ffa"
     optimizer: str = "fedavgm"
     server_lr: float = Field(0.2, gt=0)
     momentum: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.99, ge=0, lt=1, description="of fedadam and fedyogi: memory of squared changes")
+    tau: float = Field(1e-3, gt=0, description="of fedadam and fedyogi: below it a change counts less than its sign")
     local_lr: float = Field(1.0, gt=0)
+    mu: float = Field(0.0, ge=0, description="FedProx: pull towards the round's adapter, added after the noise")
+    max_norm: float | None = Field(None, gt=0, description="L2 limit of a site's update; null: what clip and noise imply")
+    ranks: tuple[SiteRank, ...] = Field((), max_length=100, description="of sites with a rank below lora.r")
+    byzantine: int = Field(1, ge=0, description="sites that krum, trimmed_mean and median survive")
 
 
 class Phase(Terms):

@@ -102,18 +102,27 @@ def adapter_digest(tensors: Tensors) -> str:
 
 
 def initial(spec: AdapterSpec, seed: int) -> dict[str, NDArray[np.float32]]:
-    """The public start: every lora_A has orthonormal rows (QR) drawn from the seed; lora_B and the head are zero."""
+    """The public start, an update of nothing: every lora_A has orthonormal rows (QR) drawn from the seed; lora_B and all
+    else is zero. Where a core lora_R stands between A and B, the core is zero and lora_B has orthonormal columns."""
+    names = {name for name, _ in spec.shapes}
     out = {}
     for index, (name, shape) in enumerate(spec.shapes):
-        value = np.zeros(shape, np.float32)
         if ".lora_A." in name:
-            rows, columns = shape
-            gauss = np.random.Generator(np.random.PCG64([seed, index])).standard_normal((columns, rows))
-            q, r = np.linalg.qr(gauss)
-            value = (q * np.sign(np.diag(r))).T.astype(np.float32)
-            value = np.ascontiguousarray(value[:rows])
-        out[name] = value
+            out[name] = orthonormal(shape, seed, index)
+        elif ".lora_B." in name and name.replace(".lora_B.", ".lora_R.") in names:
+            out[name] = np.ascontiguousarray(orthonormal(shape[::-1], seed, index).T)
+        else:
+            out[name] = np.zeros(shape, np.float32)
     return out
+
+
+def orthonormal(shape: tuple[int, ...], *seed: int) -> NDArray[np.float32]:
+    """Random orthonormal rows, float32 (rows, columns) with rows <= columns: the QR factor of a Gaussian matrix with a
+    positive diagonal, so that it is drawn uniformly and the same everywhere up to rounding."""
+    rows, columns = shape
+    gauss = np.random.Generator(np.random.PCG64(list(seed))).standard_normal((columns, rows))
+    q, r = np.linalg.qr(gauss)
+    return np.ascontiguousarray((q * np.sign(np.diag(r))).T.astype(np.float32)[:rows])
 
 
 def _refuse(name: str, what: str) -> Refused:

@@ -1,51 +1,42 @@
-"""Rules: how updates combine (the noun `Rule`). A rule is a few pure functions on named tensors and one flat vector.
+"""Rules: how updates combine (the noun `Rule`), by name. The interface is strategies/base.py.
 
-`linear` rules only ever need the weighted mean of the sites' vectors, so a secure sum serves them; a rule that isn't
-linear is refused under secure aggregation, with the linear alternative named.
+A round of any rule, on both sides of one weighted mean (a secure sum where the rule is linear):
+
+    both         round_ = Round(setup(contract, spec), round_no, adapter)   # spec = adapter_spec(rule, model's shapes)
+    site         new = train(rule.start(round_, rank))                      # noise is added here; all below is
+                 for pass_no in 1..rule.passes(setup):                      # post-processing of `new`
+                     plan = rule.plan(round_, pass_no)
+                     vector = flatten(rule.parts(round_, pass_no, new, shared), plan)
+                     -> Encoding(ranges=segments(plan)).encode(vector, weight), masked
+    coordinator  means |= unflatten(Encoding(...).decode_mean(total, weights), plan)
+                 shared = rule.between(round_, means)                       # broadcast, before pass 2
+                 ...
+                 change = rule.change(round_, means)
+                 adapter = rule.apply(round_, stepped(change))              # server optimiser, on rule.space(round_)
+
+`plan` depends on contract and round number alone, so both sides size the encoding before anything is trained. Passes are
+stages of one session with one set of survivors. Linearity is explicit: a linear rule is given means and nothing else, so
+secure aggregation, DP and rounding to few bits compose with it without special cases. strategies/federate.py runs such a
+round in one process; a new rule is proven by strategies/conformance.py.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 from privacy.errors import UsageError, nearest
+from strategies.base import PlaintextRule, Rule
+from strategies.exact import Exact
+from strategies.fedsb import FedSb
+from strategies.hetero import Hetero
+from strategies.linear import FedIt, Ffa, RoLora
+from strategies.plaintext import FlexLora, Flora, Krum, Median, TrimmedMean
+
+RULES: dict[str, Rule] = {r.name: r for r in (Ffa(), FedIt(), RoLora(), Exact(), FedSb(), Hetero(), Flora(), FlexLora(),
+                                              Krum(), TrimmedMean(), Median())}
+__all__ = ["RULES", "PlaintextRule", "Rule", "find", "rule"]
 
 
-class Rule(ABC):
-    """What each site trains and what the mean of the sites' changes does to the adapter."""
-
-    name: str
-    linear: bool
-    instead: str = ""  # the linear rule to use where this one isn't
-
-    @abstractmethod
-    def trains(self, tensor: str) -> bool:
-        """Whether a site trains (and sends the change of) the tensor of that name."""
-
-
-class Ffa(Rule):
-    """FFA-LoRA (arXiv 2403.12313): A frozen, shared and orthonormal; the mean of B is the mean of the products."""
-
-    name, linear = "ffa", True
-
-    def trains(self, tensor: str) -> bool:
-        return ".lora_A." not in tensor
-
-
-class FedIt(Rule):
-    """FedIT (arXiv 2305.05644): mean of A and mean of B; linear, but the mean of products is not their product."""
-
-    name, linear = "fedit", True
-
-    def trains(self, tensor: str) -> bool:
-        return True
-
-
-RULES: dict[str, Rule] = {rule.name: rule for rule in (Ffa(), FedIt())}
-
-
-def rule(name: str, *, secure: bool) -> Rule:
-    """Look a rule up. Raises UsageError `rule.unknown`, `rule.not_linear`."""
+def find(name: str, *, secure: bool) -> Rule:
+    """Look a rule up, for use in one process. Raises UsageError `rule.unknown`, `rule.not_linear`."""
     try:
         found = RULES[name]
     except KeyError:
@@ -53,4 +44,13 @@ def rule(name: str, *, secure: bool) -> Rule:
     if secure and not found.linear:
         raise UsageError("rule.not_linear", f"Rule {name!r} needs single updates, which secure aggregation hides.",
                          f"Use rule={found.instead}, which is linear.")
+    return found
+
+
+def rule(name: str, *, secure: bool) -> Rule:
+    """Look a rule up, for rounds over the network. Raises as `find`, and UsageError `rule.in_process`."""
+    found = find(name, secure=secure)
+    if not found.in_rounds:
+        raise UsageError("rule.in_process", f"Rule {name!r} runs in one process; rounds over the network don't know it.",
+                         f"Use rule={' or '.join(sorted(n for n, r in RULES.items() if r.in_rounds))}.")
     return found
