@@ -1,4 +1,4 @@
-"""DP-SGD on the tiny model: contributions against brute force, sensitivity as a property, poison, aborts, coverage."""
+"""DP-SGD on the tiny model, with each engine: brute force, sensitivity as a property, poison, aborts, coverage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 import privacy.noise as noise
 from privacy.contract import LoraTerms, ModelTerms
-from privacy.dpsgd import PerSampleGradients, noisy_mean
+from privacy.dpsgd import ClippedGradients, noisy_mean
+from privacy.engine import Engine, gradients
 from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism, declared, default_delta
 from privacy.population import Draw, Population
@@ -33,6 +34,7 @@ class Bench:
     """A LoRA'd tiny BERT at random values (A, B and head all count), and records that a test puts in."""
 
     classifier: TextClassifier
+    engine: Engine
     batch: Batch = field(init=False)
     labels: torch.Tensor = field(init=False)
     factors: torch.Tensor = field(init=False)
@@ -49,8 +51,9 @@ class Bench:
         each = torch.nn.functional.cross_entropy(logits, self.labels[rows], reduction="none") * self.factors[rows]
         return self.sabotage(rows, each)
 
-    def gradients(self) -> PerSampleGradients:
-        return PerSampleGradients(self.classifier.module, self.classifier.parameters, self.losses)
+    def gradients(self) -> ClippedGradients:
+        """Follows the tests' changes to `losses`."""
+        return gradients(self.engine, self.classifier.module, self.classifier.parameters, lambda rows: self.losses(rows))
 
     def brute_force(self, record: int) -> Vector:
         """Autograd of one record's loss, without hooks."""
@@ -59,8 +62,14 @@ class Bench:
         return torch.cat([p.ravel() for p in parts]).double().numpy()
 
 
-def bench(folder: Path) -> Bench:
-    made = Bench(TextClassifier(folder, TERMS, LoraTerms(r=2, alpha=8.0), 3))
+@pytest.fixture(scope="module", params=["opacus", "fused"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    chosen: Engine = request.param
+    return chosen
+
+
+def bench(folder: Path, engine: Engine = "opacus") -> Bench:
+    made = Bench(TextClassifier(folder, TERMS, LoraTerms(r=2, alpha=8.0), 3), engine)
     rng = np.random.default_rng(3)
     made.classifier.load({n: rng.normal(0, 0.2, p.shape).astype("f4") for n, p in made.classifier.parameters.items()})
     for p in made.classifier.parameters.values():
@@ -76,13 +85,13 @@ def texts(n: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_model: Path) -> tuple[Bench, PerSampleGradients]:
-    made = bench(tiny_model)
+def shared(tiny_model: Path, engine: Engine) -> tuple[Bench, ClippedGradients]:
+    made = bench(tiny_model, engine)
     return made, made.gradients()
 
 
 @pytest.fixture
-def lab(shared: tuple[Bench, PerSampleGradients]) -> tuple[Bench, PerSampleGradients]:
+def lab(shared: tuple[Bench, ClippedGradients]) -> tuple[Bench, ClippedGradients]:
     shared[0].put(texts(40))
     return shared
 
@@ -93,7 +102,7 @@ def records(indices: Sequence[int] | NDArray[np.int64]) -> Draw:
     return Draw(chosen.reshape(-1, 1), np.ones(len(chosen), np.int64))
 
 
-def rows(grads: PerSampleGradients, indices: Sequence[int] | NDArray[np.int64], clip: float = 1.0,
+def rows(grads: ClippedGradients, indices: Sequence[int] | NDArray[np.int64], clip: float = 1.0,
          size: int = 8) -> NDArray[np.int64]:
     """Contributions, int64 (n, dim), in units of gamma."""
     return np.concatenate([np.zeros((0, grads.dim), np.int64), *grads.clipped(records(indices), clip, size)])
@@ -108,7 +117,7 @@ def plain(tiny_model: Path) -> Bench:
     return bench(tiny_model)
 
 
-def matches_brute_force(lab: tuple[Bench, PerSampleGradients], plain: Bench) -> bool:
+def matches_brute_force(lab: tuple[Bench, ClippedGradients], plain: Bench) -> bool:
     """g min(1, C / |g|) within float32 and half a lattice step, for |g| of 1e-6 C, C and 1e6 C in one batch."""
     made, grads = lab
     clip, chosen = 0.5, np.arange(12)
@@ -125,23 +134,23 @@ def matches_brute_force(lab: tuple[Bench, PerSampleGradients], plain: Bench) -> 
     return True
 
 
-def test_contribution_is_the_clipped_gradient(lab: tuple[Bench, PerSampleGradients], plain: Bench) -> None:
+def test_contribution_is_the_clipped_gradient(lab: tuple[Bench, ClippedGradients], plain: Bench) -> None:
     assert matches_brute_force(lab, plain)
 
 
-def test_planted_batch_mean_is_caught(lab: tuple[Bench, PerSampleGradients], plain: Bench) -> None:
+def test_planted_batch_mean_is_caught(lab: tuple[Bench, ClippedGradients], plain: Bench) -> None:
     lab[0].sabotage = lambda chosen, each: each / len(chosen)
     assert not matches_brute_force(lab, plain)
 
 
-def test_norm_within_1e_5_of_autograd(lab: tuple[Bench, PerSampleGradients], plain: Bench) -> None:
+def test_norm_within_1e_5_of_autograd(lab: tuple[Bench, ClippedGradients], plain: Bench) -> None:
     plain.put(texts(40))
     raw = lab[1]._chunk(np.arange(40))
     want = [np.linalg.norm(plain.brute_force(i)) for i in range(40)]
     np.testing.assert_allclose(np.linalg.norm(raw.astype(float), axis=1), want, rtol=1e-5)
 
 
-def test_physical_batch_changes_rounding_only(lab: tuple[Bench, PerSampleGradients]) -> None:
+def test_physical_batch_changes_rounding_only(lab: tuple[Bench, ClippedGradients]) -> None:
     """Float sums differ in their last bits by batch shape: at most 8 lattice steps a coordinate, 5e-5 C in all."""
     sums = [rows(lab[1], range(40), size=size).sum(axis=0) for size in (1, 3, 128)]
     for other in sums[1:]:
@@ -149,7 +158,7 @@ def test_physical_batch_changes_rounding_only(lab: tuple[Bench, PerSampleGradien
         assert np.linalg.norm(other - sums[0]) * 2.0**-20 < 5e-5
 
 
-def test_no_bit_of_a_contribution_depends_on_the_others(lab: tuple[Bench, PerSampleGradients]) -> None:
+def test_no_bit_of_a_contribution_depends_on_the_others(lab: tuple[Bench, ClippedGradients]) -> None:
     together = rows(lab[1], range(40))
     backwards = rows(lab[1], range(39, -1, -1))[::-1]
     alone = np.concatenate([rows(lab[1], [i]) for i in range(40)])
@@ -160,7 +169,7 @@ def test_no_bit_of_a_contribution_depends_on_the_others(lab: tuple[Bench, PerSam
 # Sensitivity
 
 
-def movement(made: Bench, grads: PerSampleGradients, data: Sequence[str], extra: int, clip: float) -> float:
+def movement(made: Bench, grads: ClippedGradients, data: Sequence[str], extra: int, clip: float) -> float:
     """How far the sum moves, in units of the bound C + gamma sqrt(dim) / 2, when record `extra` is taken away."""
     made.batch = made.classifier.encode(data)
     made.labels = torch.zeros(len(data), dtype=torch.int64)
@@ -173,7 +182,7 @@ def movement(made: Bench, grads: PerSampleGradients, data: Sequence[str], extra:
 @given(data=st.lists(st.lists(st.sampled_from(WORDS), max_size=20).map(" ".join), min_size=1, max_size=11),
        extra=st.integers(0, 10), clip=st.sampled_from([1e-3, 0.3, 3.0]))
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_one_record_moves_the_sum_by_at_most_the_clip(lab: tuple[Bench, PerSampleGradients], data: list[str],
+def test_one_record_moves_the_sum_by_at_most_the_clip(lab: tuple[Bench, ClippedGradients], data: list[str],
                                                       extra: int, clip: float) -> None:
     assert movement(*lab, data, extra % len(data), clip) <= 1 + 1e-9
 
@@ -181,12 +190,11 @@ def test_one_record_moves_the_sum_by_at_most_the_clip(lab: tuple[Bench, PerSampl
 LONG_AND_SHORT = ["chest cough rash my night " * 3, *["cough"] * 7]
 
 
-def test_planted_clip_times_4_is_caught(lab: tuple[Bench, PerSampleGradients]) -> None:
+def test_planted_clip_times_4_is_caught(lab: tuple[Bench, ClippedGradients]) -> None:
     made, grads = lab
 
-    class Clip4(PerSampleGradients):
-        def __init__(self) -> None:
-            self.dim = grads.dim
+    class Clip4:
+        dim = grads.dim
 
         def clipped(self, draw: Draw, clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
             for part in grads.clipped(draw, 4 * clip, physical_batch):
@@ -196,7 +204,7 @@ def test_planted_clip_times_4_is_caught(lab: tuple[Bench, PerSampleGradients]) -
     assert movement(made, Clip4(), LONG_AND_SHORT, 0, 1e-3) > 1
 
 
-def test_planted_token_mean_loss_is_caught(lab: tuple[Bench, PerSampleGradients]) -> None:
+def test_planted_token_mean_loss_is_caught(lab: tuple[Bench, ClippedGradients]) -> None:
     """A loss averaged over the batch's tokens couples records: a long one holds the others down."""
     made, grads = lab
     assert movement(made, grads, LONG_AND_SHORT, 0, 1.0) <= 1
@@ -238,7 +246,7 @@ def raises_before(made: Bench, victim: int) -> None:
 
 
 def raises_after(made: Bench, victim: int) -> None:
-    """After the forward pass: Opacus holds the activations by then."""
+    """After the forward pass: an engine holds the activations by then."""
 
     def sabotage(chosen: NDArray[np.int64], each: torch.Tensor) -> torch.Tensor:
         if victim in chosen:
@@ -249,9 +257,9 @@ def raises_after(made: Bench, victim: int) -> None:
 
 
 @pytest.mark.parametrize("poison", [nan, infinite, overflows, raises_before, raises_after])
-def test_poison_record_contributes_zero_and_changes_no_other(tiny_model: Path, poison: Any) -> None:
-    made = bench(tiny_model)
-    grads = PerSampleGradients(made.classifier.module, made.classifier.parameters, lambda chosen: made.losses(chosen))
+def test_poison_record_contributes_zero_and_changes_no_other(tiny_model: Path, engine: Engine, poison: Any) -> None:
+    made = bench(tiny_model, engine)
+    grads = made.gradients()
     clean = rows(grads, range(20))
     poison(made, 5)
     got = rows(grads, range(20))
@@ -268,7 +276,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("where", ["forward", "loss", "backward", "between"])
-def test_abort_leaves_nothing_for_the_next_batch(lab: tuple[Bench, PerSampleGradients], where: str) -> None:
+def test_abort_leaves_nothing_for_the_next_batch(lab: tuple[Bench, ClippedGradients], where: str) -> None:
     """Opacus keeps summed and single gradients on abort: they would enter the next batch without a charge."""
     made, grads = lab
     clean = rows(grads, range(20, 30))
@@ -282,7 +290,7 @@ def test_abort_leaves_nothing_for_the_next_batch(lab: tuple[Bench, PerSampleGrad
     elif where == "loss":
         made.sabotage = stop
     elif where == "backward":
-        handle = next(iter(made.classifier.parameters.values())).register_hook(stop)
+        handle = made.classifier.head.register_forward_hook(lambda _layer, _args, out: out.register_hook(stop) and None)
     if where == "between":
         next(grads.clipped(records(range(20)), 1.0, 8))
     else:
@@ -295,7 +303,7 @@ def test_abort_leaves_nothing_for_the_next_batch(lab: tuple[Bench, PerSampleGrad
 
 
 def test_leftovers_of_an_aborted_batch_are_dropped_even_when_one_record_stays(
-        lab: tuple[Bench, PerSampleGradients]) -> None:
+        lab: tuple[Bench, ClippedGradients]) -> None:
     """A record that raises after the forward pass must not silence every later one."""
     made, grads = lab
     clean = rows(grads, range(10))
@@ -315,7 +323,7 @@ def mechanism(**changes: Any) -> DpMechanism:
     return DpMechanism(**{**terms, **changes})
 
 
-def test_empty_batch_is_a_noise_only_step_with_the_same_denominator(lab: tuple[Bench, PerSampleGradients],
+def test_empty_batch_is_a_noise_only_step_with_the_same_denominator(lab: tuple[Bench, ClippedGradients],
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "random_words", lambda n: np.full(n, 2**64 - 1, np.uint64))  # nobody is sampled
     monkeypatch.setattr("privacy.dpsgd.lattice_noise", lambda dim, *, sigma, clip: np.arange(dim))
@@ -323,7 +331,7 @@ def test_empty_batch_is_a_noise_only_step_with_the_same_denominator(lab: tuple[B
     np.testing.assert_allclose(got, np.arange(lab[1].dim) * 2.0**-20 / (0.5 * 40), rtol=1e-15)
 
 
-def test_step_is_the_noised_sum_over_the_public_denominator(lab: tuple[Bench, PerSampleGradients],
+def test_step_is_the_noised_sum_over_the_public_denominator(lab: tuple[Bench, ClippedGradients],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """One noise draw however many physical batches; n_decl, not the true count, divides."""
     draws = []
@@ -338,55 +346,57 @@ def test_step_is_the_noised_sum_over_the_public_denominator(lab: tuple[Bench, Pe
 # Coverage, found at start-up
 
 
-def probe(module: torch.nn.Module, out: Callable[[torch.Tensor], torch.Tensor] | None = None) -> PerSampleGradients:
+def probe(engine: Engine, module: torch.nn.Module,
+          out: Callable[[torch.Tensor], torch.Tensor] | None = None) -> ClippedGradients:
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     run = out or module
-    return PerSampleGradients(module, dict(module.named_parameters()), lambda chosen: run(x[chosen]).sum(dim=1))
+    return gradients(engine, module, dict(module.named_parameters()), lambda chosen: run(x[chosen]).sum(dim=1))
 
 
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm])
-def test_batch_norm_is_refused_by_name(norm: type[torch.nn.Module]) -> None:
+def test_batch_norm_is_refused_by_name(engine: Engine, norm: type[torch.nn.Module]) -> None:
     module = torch.nn.Sequential()
     module.add_module("inner", torch.nn.Linear(6, 5))
     module.add_module("normaliser", norm(5))
     with pytest.raises(UsageError, match=r"'normaliser'.*batch norm") as caught:
-        probe(module)
+        probe(engine, module)
     assert caught.value.code == "dp.no_per_sample_gradient"
 
 
-def test_parameter_outside_the_hooks_is_refused_by_name() -> None:
+def test_parameter_used_outside_its_layer_is_refused_by_name(engine: Engine) -> None:
     module = torch.nn.ModuleDict({"seen": torch.nn.Linear(6, 5), "unseen": torch.nn.Linear(5, 5, bias=False)})
     weight = module["unseen"].weight
-    grads = probe(module, lambda x: torch.nn.functional.linear(module["seen"](x), weight))
+    grads = probe(engine, module, lambda x: torch.nn.functional.linear(module["seen"](x), weight))
     with pytest.raises(UsageError, match=r"'unseen\.weight'") as caught:
         grads.check(0)
     assert caught.value.code == "dp.no_per_sample_gradient"
 
 
-def test_layer_with_trainable_parameters_and_buffers_is_refused() -> None:
+def test_layer_with_trainable_parameters_and_buffers_is_refused(engine: Engine) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(6, 5))
     module[0].register_buffer("seen", torch.zeros(1))
     with pytest.raises(UsageError, match=r"'0'.*buffers") as caught:
-        probe(module)
+        probe(engine, module)
     assert caught.value.code == "dp.no_per_sample_gradient"
 
 
-def test_frozen_tensor_is_found_and_named() -> None:
+def test_frozen_tensor_is_found_and_named(engine: Engine) -> None:
     module = torch.nn.ModuleDict({"live": torch.nn.Linear(6, 5), "dead": torch.nn.Linear(6, 5)})
-    grads = probe(module, lambda x: module["live"](x) + 0 * module["dead"](x))
+    grads = probe(engine, module, lambda x: module["live"](x) + 0 * module["dead"](x))
     with pytest.raises(UsageError, match=r"'dead\.weight'") as caught:
         grads.check(0)
     assert caught.value.code == "dp.frozen"
 
 
-def test_check_passes_at_the_zeros_of_a_fresh_adapter_and_changes_nothing(tiny_model: Path) -> None:
+def test_check_passes_at_the_zeros_of_a_fresh_adapter_and_changes_nothing(tiny_model: Path, engine: Engine) -> None:
     """lora_B and the head start at zero, where lora_A and B have no gradient."""
-    made = Bench(TextClassifier(tiny_model, TERMS, LoraTerms(r=2), 3))
+    made = Bench(TextClassifier(tiny_model, TERMS, LoraTerms(r=2), 3), engine)
     made.put(texts(3))
     before = {n: p.detach().clone() for n, p in made.classifier.parameters.items()}
     made.gradients().check(1)
     for name, p in made.classifier.parameters.items():
         assert torch.equal(p, before[name]), name
+        assert p.grad is None
         assert getattr(p, "grad_sample", None) is None
 
 
