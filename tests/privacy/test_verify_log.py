@@ -450,6 +450,15 @@ def test_last_round_uncovered_is_named(case: Case) -> None:
     assert f"THE LAST ROUND AND what came later (entries {covered[-1] + 1} to {end}) only 2 sites signed" in said
 
 
+def test_void_attempts_after_the_last_round_do_not_count_as_rounds(parties: Consortium, tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence_fixture, "ATTEMPTS", ((1, 0, True), (2, 0, True), (3, 0, False)))
+    edit = lambda kind, p: {**p, "metric_after": "0.75"} if kind == "release" else p  # noqa: E731
+    case = Case(write_bundle(tmp_path / "b", parties, edit=edit), parties)
+    case.log({case.sizes[0]: SITES, case.sizes[-1]: ()})
+    assert "THE LAST ROUND AND" in detail(case.passes(), "witnesses")
+
+
 def test_what_came_after_the_last_round_uncovered_is_named(case: Case) -> None:
     *covered, end = case.sizes
     case.log({**dict.fromkeys(covered, SITES), end: ()})
