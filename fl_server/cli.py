@@ -66,6 +66,19 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
     cli_edge.emit(metrics, as_json, "")
 
 
+@app.command("resume")
+def resume_command(
+        overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, those of the run")] = None,
+        as_json: Json = False) -> None:
+    """Go on with a run whose coordinator was killed: rounds that were stated count, the one under way is void."""
+    from conf import load_settings
+    from fl_server.serve import serve
+    from privacy import guard
+
+    guard.check()
+    cli_edge.emit(serve(load_settings(overrides or []), plain=as_json, resume=True), as_json, "")
+
+
 @app.command("status")
 def status_command(folder: Annotated[Path, typer.Argument(help="Output folder of a run.")], as_json: Json = False) -> None:
     """Rounds done and void, whose updates are in each sum, and why sites fell out, from the coordinator's journal."""

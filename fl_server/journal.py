@@ -22,6 +22,9 @@ class RunJournal:
         self._files = files or FileLayer()
         self._fd = self._files.open_append(path)
         self._open = True
+        data = path.read_bytes()
+        if (whole := data.rfind(b"\n") + 1) < len(data):  # torn by a crash before fsync returned
+            self._files.truncate(self._fd, whole)
 
     def write(self, event: str, **fields: str | int | list[str]) -> None:
         self._files.append(self._fd, canonical({"event": event, **fields}) + b"\n")

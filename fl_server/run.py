@@ -14,14 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from cryptography.x509 import Certificate
 
 from fl_server.evaluation import PublicSplit, Score
 from fl_server.exchange import Exchange, Note
-from fl_server.journal import RunJournal
+from fl_server.journal import RunJournal, read_events
 from fl_server.log import TransparencyLog
 from fl_server.model_card import write_card
+from fl_server.recovery import Position, recover, save_state
 from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
 from fl_server.witnessing import Stated, Witnessing
 from privacy import stages
@@ -39,6 +39,7 @@ from strategies.model import TextClassifier
 from strategies.optimizers import optimizer
 from strategies.rules import rule
 
+INTERRUPTED = "run.interrupted"  # reason of an attempt that was under way when the coordinator was killed
 KEPT_ROUNDS = 3  # adapters of older rounds are deleted; their digests stay in the journal
 Progress = Callable[[dict[str, Any]], None]
 
@@ -72,50 +73,70 @@ class Run:
                                    check_certificate=check_certificate, certificates=certificates)
         self._witnessing = Witnessing(log, bundle, exchange, contract, signer=signer, certificates=certificates,
                                       deadline_s=deadlines.stage_s)
-        self._stated: list[Stated] = []  # since the last checkpoint
-        self._keep("contract", *signed)
+        self._stated: list[Stated] = bundle.statements()  # not in the log yet, as far as is known
+        if not self._stated:
+            self._keep("contract", *signed)
         self._journal = RunJournal(folder / "journal.jsonl")
         self._names = [s.name for s in contract.sites]
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Result:
-        """Raises RoundVoid when the retries are used up; evidence is written and sealed all the same."""
-        contract, adapter = self.contract, initial(self._spec, self.contract.lora.seed)
-        self._journal.write("run", run=contract.run, contract=contract.digest, rounds=contract.privacy.rounds,
-                            adapter=adapter_digest(adapter))
-        before = after = self._score(0, adapter)
-        outcome, done, voids = "done", 0, 0
+        """All rounds, or those that are left after a crash. Raises RoundVoid when the retries are used up; evidence is
+        written and sealed all the same. Also raises as `recover`."""
+        at, outcome, last = self._begin(), "done", self.contract.privacy.rounds
+        before = after = self._score(0, initial(self._spec, self.contract.lora.seed), at)
         try:
-            self._accept()
+            self._accept(at)
             self._publish()
-            state = np.zeros(self._spec.dim, np.float32)
-            self._progress({"event": "start", "accuracy": before.accuracy})
-            for round_no in range(1, contract.privacy.rounds + 1):
-                mean, voids = self._attempts(round_no, adapter, voids)
-                change, state = optimizer(contract.rule.optimizer)(contract.rule, mean.delta, state)
-                old, adapter = adapter, self._spec.add(adapter, change)
-                self._save(round_no, old, adapter, mean)
-                done = round_no
-                measured = round_no == contract.privacy.rounds or round_no % self._evaluate_every == 0
-                after = self._score(round_no, adapter) if measured else after
+            self._progress({"event": "start", "accuracy": before.accuracy, "done": at.done})
+            if at.done:
+                after = at.scores[max(at.scores)]
+            for round_no in range(at.done + 1, last + 1):
+                mean = self._attempts(round_no, at)
+                change, at.state = optimizer(self.contract.rule.optimizer)(self.contract.rule, mean.delta, at.state)
+                old, at.adapter = at.adapter, self._spec.add(at.adapter, change)
+                self._save(round_no, old, at, mean)
+                at.done, at.attempt = round_no, 0
+                measured = round_no == last or round_no % self._evaluate_every == 0
+                after = self._score(round_no, at.adapter, at) if measured else after
                 self._publish()
-                self._progress({"event": "round", "round": round_no, "rounds": contract.privacy.rounds,
-                                "accuracy": after.accuracy, "measured": measured})
+                self._progress({"event": "round", "round": round_no, "rounds": last, "accuracy": after.accuracy,
+                                "measured": measured})
         except BaseException as e:
             outcome = _code(e)
             raise
         finally:
-            if done:
-                self._release(adapter, done, before, after)
+            if at.done:
+                self._release(at.adapter, at.done, before, after)
             epsilon = self._close()
             self._publish()
-            self._journal.write("end", outcome=outcome)
             self._bundle.seal(self._signer)
+            self._journal.write("end", outcome=outcome)
             self._journal.close()
-        return Result(before, after, done, voids, epsilon, dict(self._seconds))
+        return Result(before, after, at.done, at.voids, epsilon, dict(self._seconds))
 
-    def _accept(self) -> None:
-        """Every site states that it accepted this contract. Raises RoundVoid with the code of the first that doesn't."""
+    def _begin(self) -> Position:
+        """Where the run stands, with the journal brought up to it."""
+        events = read_events(self._folder / "journal.jsonl")
+        at = recover(self.contract, self._spec, self._folder, events, self._bundle)
+        if not events:
+            self._journal.write("run", run=self.contract.run, contract=self.contract.digest,
+                                rounds=self.contract.privacy.rounds, adapter=adapter_digest(at.adapter))
+        elif at.torn:
+            self._void(at.done + 1, at, INTERRUPTED)
+        elif at.done > sum(e["event"] == "done" for e in events):  # stated, and then the coordinator was killed
+            self._journal.write("done", round=at.done, attempt=at.last["attempt"], adapter=at.last["adapter_out"],
+                                folder=f"{at.done:04d}", sites=at.last["sites"],
+                                lost=[f"{x['site']} {x['stage']} {x['code']}" for x in at.last["dropped"]])
+        return at
+
+    def _accept(self, at: Position) -> None:
+        """Every site states that it accepted this contract, once. Raises RoundVoid with the code of the first that
+        doesn't."""
+        for name, lineage in at.lineages.items():
+            self._witnessing.accepted(name, lineage)
+        if at.lineages:
+            return
         answers = self._query("accept")
         bad = {name: a.code or "site.unreachable" for name, a in answers.items() if a.note is None}
         if bad:
@@ -133,33 +154,41 @@ class Run:
             self._witnessing.accepted(name, said.lineage)
             self._keep("acceptance", name, envelope)
 
-    def _attempts(self, round_no: int, adapter: Tensors, voids: int) -> tuple[Mean, int]:
+    def _attempts(self, round_no: int, at: Position) -> Mean:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
-        attempt = 0
-        while True:
-            self._journal.write("round", round=round_no, attempt=attempt)
+        while at.voids <= self.contract.privacy.retries:
+            self._journal.write("round", round=round_no, attempt=at.attempt)
             try:
-                return self._timed("rounds", lambda: self._driver.attempt(round_no, attempt, adapter)), voids  # noqa: B023
+                return self._timed("rounds", lambda: self._driver.attempt(round_no, at.attempt, at.adapter))  # type: ignore[no-any-return]
             except RoundVoid as e:
-                lost = [f"{x.site} {x.stage} {x.code}" for x in self._driver.lost]
-                self._journal.write("void", round=round_no, attempt=attempt, reason=e.code, lost=lost)
-                self._state_round(round_no, attempt, adapter_digest(adapter), outcome="void", reason=e.code)
+                self._void(round_no, at, e.code)
                 self._progress({"event": "void", "round": round_no, "reason": e.code, "sites": list(e.sites)})
-                voids, attempt = voids + 1, attempt + 1
-                if voids > self.contract.privacy.retries:
+                if at.voids > self.contract.privacy.retries:
                     raise
                 self._publish()
             except BaseException as e:  # what the sites charged for it must be accounted for
-                self._state_round(round_no, attempt, adapter_digest(adapter), outcome="void", reason=_code(e))
+                self._void(round_no, at, _code(e))
                 raise
+        raise void(INTERRUPTED, {})
 
-    def _save(self, round_no: int, old: Tensors, new: Tensors, mean: Mean) -> None:
-        """Adapter on disk first, then the journal's line: from there on the round counts."""
-        folder = self._folder / "rounds" / f"{round_no:04d}"
-        self._timed("saving", lambda: self._model.save(folder, new, self._base_name))
-        self._journal.write("done", round=round_no, attempt=mean.attempt, adapter=adapter_digest(new), folder=folder.name,
-                            sites=list(mean.sites), lost=[f"{x.site} {x.stage} {x.code}" for x in self._driver.lost])
-        self._state_round(round_no, mean.attempt, adapter_digest(old), adapter_digest(new), mean)
+    def _void(self, round_no: int, at: Position, reason: str) -> None:
+        """The attempt that was under way is over, and the next one has another number."""
+        attempt = at.attempt - 1 if at.torn else at.attempt
+        self._state_round(round_no, attempt, adapter_digest(at.adapter), outcome="void", reason=reason)
+        self._journal.write("void", round=round_no, attempt=attempt, reason=reason, lost=self._lost())
+        at.voids, at.attempt, at.torn = at.voids + 1, attempt + 1, False
+
+    def _lost(self) -> list[str]:
+        return [f"{x.site} {x.stage} {x.code}" for x in self._driver.lost]
+
+    def _save(self, round_no: int, old: Tensors, at: Position, mean: Mean) -> None:
+        """What the next round starts from is on disk first, then the statement: from there on the round counts."""
+        folder, new = self._folder / "rounds" / f"{round_no:04d}", adapter_digest(at.adapter)
+        self._timed("saving", lambda: self._model.save(folder, at.adapter, self._base_name))
+        save_state(folder, at.adapter, at.state)
+        self._state_round(round_no, mean.attempt, adapter_digest(old), new, mean)
+        self._journal.write("done", round=round_no, attempt=mean.attempt, adapter=new, folder=folder.name,
+                            sites=list(mean.sites), lost=self._lost())
         shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
 
     def _state_round(self, round_no: int, attempt: int, old: str, new: str = "", mean: Mean | None = None, *,
@@ -219,12 +248,15 @@ class Run:
         common = {"run": self.contract.run, "contract": self.contract.digest}
         self._keep(kind, self._name, make(self._signer, KINDS[kind].predicate_type, [subject], common | predicate))
 
-    def _score(self, round_no: int, adapter: Tensors) -> Score:
-        """Of the public split, and said so."""
+    def _score(self, round_no: int, adapter: Tensors, at: Position) -> Score:
+        """Of the public split, and said so, once."""
+        if round_no in at.scores:
+            return at.scores[round_no]
         score: Score = self._timed("evaluation", lambda: self._split.score(adapter))
         self._state("evaluation", ("adapter", adapter_digest(adapter)), {
             "round": round_no, "adapter": adapter_digest(adapter), "metric_name": "accuracy",
             "metric": decimal(score.accuracy), "split": self._split.name, "units": score.units})
+        at.scores[round_no] = score
         return score
 
     def _keep(self, kind: str, who: str, envelope: bytes) -> None:

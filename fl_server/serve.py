@@ -23,7 +23,7 @@ from fl_server.run import Result
 from privacy.ca import verify_roster
 from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
-from privacy.errors import ConsiloError, Unreachable
+from privacy.errors import ConsiloError, Unreachable, UsageError
 from privacy.files import FileLayer, read_file
 from privacy.identity import FileSigner, Role, TrustStore
 from privacy.report import write_report
@@ -33,12 +33,17 @@ if TYPE_CHECKING:
     from fl_server.control import ControlServer
 
 
-def serve(settings: Settings, *, plain: bool) -> dict[str, Any]:
+def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str, Any]:
     """Run the contract of `settings.server.contract`. Returns the metrics, which are also written to metrics.json.
 
-    plain: progress goes to stderr as plain lines. Raises Unreachable `run.sites_missing`, RoundVoid, Refused, UsageError.
+    plain: progress goes to stderr as plain lines. resume: go on with the run in `settings.server.out` whose coordinator
+    was killed. Raises Unreachable `run.sites_missing`, RoundVoid, Refused (`run.ended`, `run.other`), UsageError
+    (`run.nothing`), CheckFailed `run.state`.
     """
-    check_folder(Path(settings.server.out))
+    if not resume:
+        check_folder(Path(settings.server.out))
+    elif not (Path(settings.server.out) / "journal.jsonl").is_file():
+        raise UsageError("run.nothing", "There is no run to go on with in this folder.", "Use fl-server run.")
     warnings.simplefilter("ignore")  # of torch and transformers; ours are errors in tests
     server, start = settings.server, time.monotonic()
     certificates, keys, trust = Path(server.certificates), Path(server.keys), Path(server.certificates) / "trust"

@@ -186,6 +186,15 @@ class BundleWriter:
             self._next += 1
         return self._known[sha256]
 
+    def statements(self) -> list[tuple[str, str, bytes]]:
+        """(kind, who, envelope) of all that is there, in order."""
+        found = []
+        for name in sorted(self._known.values()):
+            parts = statement_name(name)
+            if parts:
+                found.append((parts[1], parts[2], (self._root / name).read_bytes()))
+        return found
+
     def add_ledger(self, site: str, extract_bytes: bytes) -> str:
         """Store a site's ledger extract; a later one of the same site replaces it."""
         name = f"ledgers/{site}.jsonl"

@@ -7,8 +7,8 @@ which is made for the occasion in a temporary folder.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fl_client.witness import Witness
 from fl_server.assemble import check_folder, make_run, site_certificates
 from fl_server.contracting import make_contract
 from fl_server.exchange import Exchange
-from fl_server.run import Progress, Result
+from fl_server.run import Progress, Result, Run
 from privacy import ca
 from privacy.contract import Contract
 from privacy.errors import UsageError
@@ -39,6 +39,7 @@ from strategies.records import count_items
 
 ENGINEER = "engineer"
 Tap = Callable[[Any, Any], None]
+Drop = Callable[[int, Any, int], Any]
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,41 @@ class Outcome:
 
 
 def federate(settings: Settings, *, progress: Progress = lambda event: None, tap: Tap = lambda m, r: None,
-             drop: Callable[[int, Any, int], Any] = lambda node, message, k: None,
-             policy: SitePolicy | None = None, state: Path | None = None) -> Outcome:
+             drop: Drop = lambda node, message, k: None, policy: SitePolicy | None = None,
+             state: Path | None = None) -> Outcome:
     """Run one job in this process. Sites' ledgers and journals live in `state` (default: with the CA, thrown away).
 
     Raises what the two sides raise; RoundVoid when the retries are used up.
     """
     check_folder(Path(settings.server.out))
+    with federation(settings, tap=tap, drop=drop, policy=policy, state=state) as there:
+        return Outcome(there.coordinate(progress).run(), there.contract, there.root)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Sites that wait for a coordinator, and all that one needs; another can take its place."""
+
+    settings: Settings
+    contract: Contract
+    root: str
+    exchange: Exchange
+    _folder: Path
+    _signature: bytes
+    _roster: Mapping[str, ca.RosterEntry]
+
+    def coordinate(self, progress: Progress = lambda event: None) -> Run:
+        """A coordinator for the run, or for what is left of it. Raises as `make_run`."""
+        return make_run(self.settings, self.contract, self.exchange,
+                        signer=_signer(self._folder, self.settings.server.name), trust=self._folder / "ca",
+                        signature=self._signature, certificates=site_certificates(self.contract, self._roster),
+                        progress=progress)
+
+
+@contextmanager
+def federation(settings: Settings, *, tap: Tap = lambda m, r: None, drop: Drop = lambda node, message, k: None,
+               policy: SitePolicy | None = None, state: Path | None = None) -> Iterator[Federation]:
+    """A consortium, its contract and its sites, as for `federate`."""
     settings = declare_sites(settings)
     out = Path(settings.server.out)
     settings = settings.model_copy(update={"server": settings.server.model_copy(update={"log": str(out / "log")})})
@@ -89,10 +118,8 @@ def federate(settings: Settings, *, progress: Progress = lambda event: None, tap
                                  approval=approved(contract, name, policy, signer, own),
                                  witness=Witness(own, name, signer, check_coordinator)).handlers()
             apps[index + 1], nodes[name] = build_app(handlers), index + 1
-        exchange = Exchange(InProcessGrid(apps, drop=drop, tap=tap), nodes)
-        run = make_run(settings, contract, exchange, signer=_signer(folder, settings.server.name), trust=trust,
-                       signature=signature, certificates=site_certificates(contract, roster), progress=progress)
-        return Outcome(run.run(), contract, read_file(trust / "ca.sha256").decode().strip())
+        yield Federation(settings, contract, read_file(trust / "ca.sha256").decode().strip(),
+                         Exchange(InProcessGrid(apps, drop=drop, tap=tap), nodes), folder, signature, roster)
 
 
 def declare_sites(settings: Settings) -> Settings:
