@@ -182,6 +182,7 @@ def test_torn_entries_are_in_no_checkpoint_and_cut_off(new: int, world: World, t
     assert (tmp_path / "entries.txt").read_bytes().count(b"\n") == whole
     head, _ = log.extend(entries(2, 2 + new))
     assert (head.size, head.root) == (2 + new, root(entries(0, 2 + new)))
+    assert world.log(tmp_path).entries == entries(0, 2 + new)
 
 
 @pytest.mark.parametrize("line", [
