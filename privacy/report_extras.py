@@ -106,7 +106,7 @@ class _Rate(_Form):
 
     @model_validator(mode="after")
     def _adds_up(self) -> _Rate:
-        if self.recovered > self.of or abs(self.rate - self.recovered / self.of) > 1e-3:
+        if self.rate != round(self.recovered / self.of, 4):
             raise ValueError("the rate is not that of the counts")
         return self
 
