@@ -376,7 +376,7 @@ def test_part_before_the_run_missing_or_of_another_size(case: Case) -> None:
     lambda d: d.replace(b" ", b"  "), lambda d: d.replace(RUN.encode(), RUN.upper().encode(), 1),
     lambda d: d.replace(b"ab", "١ب".encode()[:2], 1), lambda d: d + RUN.encode() + b" 00\n", lambda d: d + b"\xff\n",
     lambda d: "١".encode() * 32 + d[32:], lambda d: d.replace(b"\n", b"\x0b"),
-    lambda d: d.replace(b"\n", "\u2028".encode())])
+    lambda d: d.replace(b"\n", "\u2028".encode()), lambda d: d.replace(b" ", b"\xff ", 1)])
 def test_entries_of_another_form(edit: Callable[[bytes], bytes], case: Case) -> None:
     path = case.folder / "log/entries.txt"
     path.write_bytes(edit(path.read_bytes()))
