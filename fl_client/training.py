@@ -16,7 +16,10 @@ from privacy.dpsgd import PerSampleGradients, noisy_mean
 from privacy.errors import Refused
 from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
+from strategies.base import setup
+from strategies.clip import clip_norm
 from strategies.model import build
+from strategies.prox import local_step
 from strategies.records import load_records
 from strategies.rules import rule
 
@@ -52,6 +55,7 @@ class LocalTrainer:
         self._classifier = classifier
         combine = rule(contract.rule.name, secure=contract.secagg.enabled)
         self.spec = classifier.spec(combine.trains)
+        self._max_norm = setup(contract, self.spec).max_norm
         batch = classifier.encode([*records.texts, PROBE])
         labels, valid = _as_tensors(np.append(records.labels, 0), np.append(records.valid, True))
 
@@ -70,15 +74,16 @@ class LocalTrainer:
         self._grads.check(self._probe)
 
     def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
-        """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,)."""
+        """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,), within
+        the contract's limit on its norm."""
         mechanism, size = self._contract.mechanism(self._site, round_no), self._contract.privacy.physical_batch
         tensors, total = dict(adapter), np.zeros(self.spec.dim, np.float32)
         for _ in range(mechanism.steps):
             self._classifier.load(tensors)
             mean = noisy_mean(self._grads, self._population, mechanism, size)
-            total = total - (self._local_lr * mean).astype(np.float32)
+            total = local_step(total, mean, local_lr=self._local_lr, mu=self._contract.rule.mu)
             tensors = self.spec.add(adapter, total)
-        return total
+        return clip_norm({"update": total}, self._max_norm)["update"]
 
 
 def _as_tensors(labels: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.canonical import labelled_hash
-from privacy.errors import Refused
+from privacy.errors import Refused, UsageError
 
 Tensors = Mapping[str, NDArray[np.float32]]
 HEAD = ("head.weight", "head.bias")
@@ -118,11 +118,13 @@ def initial(spec: AdapterSpec, seed: int) -> dict[str, NDArray[np.float32]]:
 
 def orthonormal(shape: tuple[int, ...], *seed: int) -> NDArray[np.float32]:
     """Random orthonormal rows, float32 (rows, columns) with rows <= columns: the QR factor of a Gaussian matrix with a
-    positive diagonal, so that it is drawn uniformly and the same everywhere up to rounding."""
+    positive diagonal, drawn uniformly, and the same everywhere up to rounding. Raises UsageError `lora.rank`."""
     rows, columns = shape
+    if rows > columns:
+        raise UsageError("lora.rank", f"{rows} rows of {columns} values can't be orthonormal.", "Lower lora.r.")
     gauss = np.random.Generator(np.random.PCG64(list(seed))).standard_normal((columns, rows))
     q, r = np.linalg.qr(gauss)
-    return np.ascontiguousarray((q * np.sign(np.diag(r))).T.astype(np.float32)[:rows])
+    return np.ascontiguousarray((q * np.sign(np.diag(r))).T.astype(np.float32))
 
 
 def _refuse(name: str, what: str) -> Refused:

@@ -29,8 +29,13 @@ def peft_spec(model: Any, adapter: str = "default") -> AdapterSpec:
 
 def read(model: Any, adapter: str = "default") -> dict[str, NDArray[np.float32]]:
     """Copies of a PeftModel's LoRA tensors. Raises Refused `adapter.tensor` for one that isn't finite float32."""
-    state = _state(model, adapter)
-    return peft_spec(model, adapter).check({n: v.detach().cpu().numpy().copy() for n, v in state.items()})
+    out = {}
+    for name, value in _state(model, adapter).items():
+        if str(value.dtype) != "torch.float32":  # numpy has no bfloat16
+            raise Refused("adapter.tensor", f"Tensor {name!r} is of type {value.dtype}, not float32.",
+                          "Load the adapter in float32 (autocast_adapter_dtype of PEFT).")
+        out[name] = value.detach().cpu().numpy().copy()
+    return peft_spec(model, adapter).check(out)
 
 
 def write(model: Any, tensors: Tensors, adapter: str = "default") -> None:

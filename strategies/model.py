@@ -21,6 +21,11 @@ from privacy.canonical import digest, labelled_hash
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import Refused, UsageError
 from strategies.adapter import HEAD, AdapterSpec
+from strategies.base import CORE, RESIDUAL, Rule
+from strategies.forms import Residuals, add_cores, as_plain_lora, saved_name
+from strategies.linear import Ffa
+from strategies.rules import find
+from strategies.variants import check_layers, check_variant
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +34,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "added_tokens.json",
                    "chat_template.jinja")
 ENCODE_BATCH = 128
+PLAIN = Ffa()  # its adapter is PEFT's tensors and the head
 TARGETS_MEND = "Set lora.targets to names of its linear layers (query, value; q_proj, v_proj)."
 
 
@@ -97,10 +103,11 @@ def _digest(files: Sequence[Path]) -> str:
 class TextClassifier:
     """Encoder + LoRA + pooling + head, built from a contract. `module` is the torch module that trains.
 
-    Raises UsageError `lora.targets`, `lora.layers`, `lora.rank` when the contract's terms don't fit the model.
+    rule: its adapter may have a core or a residual beside PEFT's tensors. Raises UsageError `lora.targets`, `lora.layers`,
+    `lora.rank` when the contract's terms don't fit the model; Refused `adapter.variant`.
     """
 
-    def __init__(self, folder: Path, model: ModelTerms, lora: LoraTerms, classes: int) -> None:
+    def __init__(self, folder: Path, model: ModelTerms, lora: LoraTerms, classes: int, rule: Rule = PLAIN) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
@@ -119,6 +126,10 @@ class TextClassifier:
         torch.nn.init.zeros_(self.head.bias)
         self._tail = _tail(self._full, self.adapted[0])
         self.module = _module(self.peft, self.head, self._tail[0], model)
+        self._shapes = rule.tensors(tuple((n, tuple(p.shape)) for n, p in self._named_parameters().items()))
+        if any(name.endswith(CORE) for name, _ in self._shapes):
+            add_cores(self.peft)
+        self._residuals = Residuals(self.peft, [n.removesuffix(RESIDUAL) for n, _ in self._shapes if n.endswith(RESIDUAL)])
         self.parameters = self._named_parameters()
         if any(lora.r > p.shape[1] for name, p in self.parameters.items() if ".lora_A." in name):
             raise UsageError("lora.rank", f"Rank {lora.r} is above the width of an adapted layer.", "Lower lora.r.")
@@ -143,13 +154,12 @@ class TextClassifier:
 
     def _named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """LoRA tensors under PEFT's saved names, then the head; sorted, head last."""
-        lora = {name.replace(".default.", "."): p for name, p in self.peft.named_parameters() if ".lora_" in name}
+        lora = {saved_name(name): p for name, p in self.peft.named_parameters() if ".lora_" in name}
         return {**dict(sorted(lora.items())), HEAD[0]: self.head.weight, HEAD[1]: self.head.bias}
 
     def spec(self, trains: Any) -> AdapterSpec:
         """trains: predicate on tensor names (a Rule's)."""
-        shapes = tuple((name, tuple(p.shape)) for name, p in self.parameters.items())
-        return AdapterSpec(shapes, frozenset(name for name, _ in shapes if trains(name)))
+        return AdapterSpec(self._shapes, frozenset(name for name, _ in self._shapes if trains(name)))
 
     def load(self, tensors: Mapping[str, NDArray[np.float32]]) -> None:
         import torch
@@ -157,6 +167,7 @@ class TextClassifier:
         with torch.no_grad():
             for name, p in self.parameters.items():
                 p.copy_(torch.from_numpy(np.ascontiguousarray(tensors[name])))
+        self._residuals.load(tensors)
 
     def encode(self, texts: Sequence[str]) -> Batch:
         """Tokenise at least one text to the contract's length and run the frozen lower layers once.
@@ -199,11 +210,12 @@ class TextClassifier:
             return np.asarray(torch.cat(parts).numpy(), np.float32)
 
     def save(self, folder: Path, tensors: Mapping[str, NDArray[np.float32]], base_name: str) -> None:
-        """Write a PEFT folder (adapter_config.json, adapter_model.safetensors) and head.safetensors."""
+        """Write a PEFT folder (adapter_config.json, adapter_model.safetensors) and head.safetensors. A core or residual
+        becomes part of plain LoRA tensors, so that PEFT alone computes the same function."""
         from safetensors.numpy import save_file
 
         folder.mkdir(parents=True, exist_ok=True)
-        config = self.peft.peft_config["default"].to_dict()
+        tensors, config = as_plain_lora(tensors, self.peft.peft_config["default"].to_dict())
         config |= {"base_model_name_or_path": base_name, "inference_mode": True,
                    "target_modules": sorted(config["target_modules"])}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, sort_keys=True, default=str) + "\n")
@@ -218,9 +230,11 @@ class _Caught(Exception):
 
 
 def build(folder: Path, contract: Contract) -> TextClassifier:
-    """The contract's model. Raises Refused `model.digest` when the folder isn't the contract's base model."""
+    """The contract's model. Raises Refused `model.digest` when the folder isn't the contract's base model; also as
+    `rules.find`."""
     check_folder(folder, contract.model)
-    return TextClassifier(folder, contract.model, contract.lora, len(contract.data.labels))
+    rule = find(contract.rule.name, secure=contract.secagg.enabled)
+    return TextClassifier(folder, contract.model, contract.lora, len(contract.data.labels), rule)
 
 
 def _with_lora(base: Any, lora: LoraTerms, layers: Sequence[int]) -> Any:
@@ -231,10 +245,13 @@ def _with_lora(base: Any, lora: LoraTerms, layers: Sequence[int]) -> Any:
     for target in lora.targets:  # PEFT is content when one of them fits
         if not any(f".{name}".endswith(f".{target}") for name, _ in base.named_modules()):
             raise UsageError("lora.targets", f"No layer of the model is called {target!r}.", TARGETS_MEND)
+    check_variant(config.to_dict())
     try:
-        return get_peft_model(base, config).eval()
+        made = get_peft_model(base, config).eval()
     except ValueError as e:
         raise UsageError("lora.targets", f"LoRA does not fit {' or '.join(lora.targets)}.", TARGETS_MEND) from e
+    check_layers(made)
+    return made
 
 
 def _tail(full: Any, first: int) -> Any:

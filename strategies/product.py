@@ -70,8 +70,10 @@ class ProductRule(Rule):
 
 def best_rank(total: Matrix, rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """B (m, r) and A (r, n), the closest product of that rank (Eckart-Young). A has orthonormal rows, as at the start;
-    the sign of each row makes its largest entry positive."""
+    the sign of each row makes its largest entry positive. Components beyond min(m, n) are zero."""
     u, s, vt = np.linalg.svd(total, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
     sign = np.sign(vt[np.arange(len(vt)), np.abs(vt).argmax(axis=1)])
-    return np.ascontiguousarray(u * (s * sign), np.float32), np.ascontiguousarray(vt * sign[:, None], np.float32)
+    left, right = np.zeros((len(u), rank), np.float32), np.zeros((rank, vt.shape[1]), np.float32)
+    left[:, :len(s)], right[:len(s)] = u * (s * sign), vt * sign[:, None]
+    return left, right

@@ -24,7 +24,7 @@ PUBLIC = "it reads data to start: a record must not steer what is shared"
 TYPES = {  # of peft_type, beside LORA
     "ADALORA": f"{NO_GRADIENT}, and ranks would follow the records", "IA3": NO_GRADIENT, "LOHA": NO_GRADIENT,
     "LOKR": NO_GRADIENT, "OFT": "it fails under the hooks of per-sample gradients", "VERA": NO_GRADIENT,
-    "VBLORA": "its per-sample gradients are silently wrong", "BOFT": NO_GRADIENT, "XLORA": "its gates couple layers"}
+    "VBLORA": "it has none under hooks, and silently wrong ones under vmap", "BOFT": NO_GRADIENT}
 OPTIONS = {  # of LoraConfig: what it is called, and why not
     "use_dora": ("DoRA", "its magnitudes fail under the hooks of per-sample gradients", PLAIN),
     "modules_to_save": ("modules_to_save", "whole modules would be trained", "Train the head that the task brings."),

@@ -137,7 +137,8 @@ def test_robust_rule_survives_a_poisoned_site_and_a_mean_does_not(one: Rule) -> 
         assert all(outvoting[n].tobytes() == v.tobytes() for n, v in after.items())
 
 
-@pytest.mark.parametrize(("one", "sites"), [(Krum(), 4), (TrimmedMean(), 2), (Median(), 2)], ids=lambda x: getattr(x, "name", str(x)))
+@pytest.mark.parametrize(("one", "sites"), [(Krum(), 4), (TrimmedMean(), 2), (Median(), 2)],
+                         ids=lambda x: getattr(x, "name", str(x)))
 def test_robust_rule_with_too_few_sites_is_refused(one: Rule, sites: int) -> None:
     setup = kit.setup_for(one)
     old = initial(setup.spec, 0)
