@@ -230,6 +230,8 @@ def _unaccounted(facts: Facts, agreed: Contract, site: str, found: Findings) -> 
     cap = next((float(a.cap or 0) for a in facts.said(Acceptance) if a.site == site), 0.0)
     found.expect(claimed >= alone - ULP, f"{site}: its statements claim less epsilon than was spent until then")
     found.expect(max(claimed, alone - ULP) <= cap, f"{site}: more was spent than the cap")
+    found.expect(agreed.privacy.epsilon is not None and alone <= agreed.privacy.epsilon + ULP,
+                 f"{site}: this run alone spent more than the contract's epsilon")
     return Spending(alone, claimed)
 
 

@@ -74,10 +74,7 @@ def test_each_row_names_tests_that_exist(name: str) -> None:
             assert re.search(rf"^def {test}\(", path.read_text(), re.M), f"{path}::{test}"
 
 
-PENDING = pytest.mark.xfail(reason="its row doesn't name the planted bug yet", strict=False)
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=PENDING) if n == "C4" else n for n in rows()])
+@pytest.mark.parametrize("name", rows())
 def test_each_row_names_a_planted_bug_or_says_why_not(name: str) -> None:
     assert len(rows()[name].planted.strip("- ")) > 10, "name a bug that its tests were seen to catch, or say why none"
 
