@@ -154,7 +154,8 @@ LARGE = tgz({"package/data/ham/1.txt": random.Random(0).randbytes(200_000)})
 
 
 @pytest.mark.parametrize("content", [b"", b"not an archive", tgz(GOOD)[:60], tgz(GOOD)[:20] + b"\xff" * 200,
-                                     LARGE[:100_000], LARGE[:100_000] + b"\xff" * 50_000 + LARGE[150_000:]])
+                                     LARGE[:100_000], LARGE[:100_000] + b"\xff" * 50_000 + LARGE[150_000:]],
+                         ids=["empty", "text", "cut", "garbage inside", "large and cut", "large, garbage inside"])
 @pytest.mark.parametrize("kind", ["npm", "pypi"])
 def test_damaged_archive(index: Index, content: bytes, kind: str) -> None:
     index.serve(content, index=kind)
