@@ -82,7 +82,7 @@ class Run:
 
     def run(self) -> Result:
         """All rounds, or those that are left after a crash. Raises RoundVoid when the retries are used up; evidence is
-        written and sealed all the same. Also raises as `recover`."""
+        written and sealed all the same, or, where that fails, by `fl-server resume`. Also raises as `recover`."""
         at, outcome, last = self._begin(), "done", self.contract.privacy.rounds
         before = after = self._score(0, initial(self._spec, self.contract.lora.seed), at)
         try:

@@ -27,7 +27,7 @@ LAYOUT = Layout(
     folders=("certificates", "contracts", "statements", "witness"),
     names=re.compile(rf"manifest\.json|ledger\.jsonl|certificates/{_NAME}\.pem|contracts/[0-9a-f]{{64}}\.json"
                      rf"|contracts/[0-9a-f]{{64}}\.(approval|signature)\.json|witness/(witness|witness-conflict)\.json"
-                     rf"|statements/\d{{6}}-({'|'.join(KINDS)})\.json"))
+                     rf"|statements/[0-9]{{6}}-({'|'.join(KINDS)})\.json"))
 
 
 class SiteManifest(Strict):

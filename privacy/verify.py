@@ -93,13 +93,13 @@ def verify_bundle(path: Path, ca: str | None = None) -> Verdict:
     inside the bundle is a FAIL.
     """
     if is_site_bundle(path):
-        return _verdict(lambda: SiteFacts(read_site_bundle(path), _fingerprint(ca)), SITE_STEPS)[0]
+        return _verdict("site", lambda: SiteFacts(read_site_bundle(path), _fingerprint(ca)), SITE_STEPS)[0]
     return examine(path, ca)[0]
 
 
 def examine(path: Path, ca: str | None = None) -> tuple[Verdict, Facts]:
     """A run bundle's verdict, with the verified facts for a report. Raises as `verify_bundle` does."""
-    return _verdict(lambda: Facts(read_bundle(path), _fingerprint(ca)), STEPS)
+    return _verdict("run", lambda: Facts(read_bundle(path), _fingerprint(ca)), STEPS)
 
 
 def _fingerprint(ca: str | None) -> str | None:
@@ -112,10 +112,10 @@ def _fingerprint(ca: str | None) -> str | None:
     return ca
 
 
-def _verdict(read: Callable[[], Facts], checks: Steps) -> tuple[Verdict, Facts]:
+def _verdict(kind: str, read: Callable[[], Facts], checks: Steps) -> tuple[Verdict, Facts]:
     try:
         facts = read()
-        steps = [Step("files", True, f"{len(facts.raw.files)} files of the format, within limits")]
+        steps = [Step("files", True, f"a {kind} bundle: {len(facts.raw.files)} files of the format, within limits")]
     except CheckFailed as e:
         steps = [Step("files", False, f"{e.cause} ({e.code})")]
         steps += [Step(name, False, "not checked: the folder was refused") for name, _ in checks]

@@ -23,8 +23,9 @@ def contract(facts: Facts, found: Findings) -> str:
         tr.check_cohort(len(agreed.sites), agreed.secagg.threshold, agreed.secagg.survivors, n_c=1)
     if found.expect(agreed.to_bytes() == data, "the contract is not in canonical form"):
         facts.contract = agreed
+    digest = agreed.digest
     for event in facts.events:
-        found.expect(event.predicate.contract == agreed.digest, f"{event.path} is bound to another contract")
+        found.expect(event.predicate.contract == digest, f"{event.path} is bound to another contract")
         found.expect(event.predicate.run == agreed.run, f"{event.path} belongs to another run")
     signers = {p.name: p.fingerprint for p in facts.peers.values() if p.role is Role.SITE}
     found.expect(signers == {s.name: s.signer for s in agreed.sites},

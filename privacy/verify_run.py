@@ -175,13 +175,13 @@ def _ledger(facts: Facts, agreed: Contract, closing: Closing, data: bytes, found
     found.expect([c.run for c in ledger.closes if c.run == agreed.run] == [agreed.run], f"{site}: the run isn't closed")
     reserves = {(r.round, r.attempt): r for r in ledger.reserves if r.run == agreed.run}
     commits = {(c.round, c.attempt): c for c in ledger.commits if c.run == agreed.run}
-    approvers = {a.approver for a in facts.said(Acceptance) if a.site == site}
+    digest, approvers = agreed.digest, {a.approver for a in facts.said(Acceptance) if a.site == site}
     attempts = {(r.round, r.attempt) for r in facts.said(Round)}
     found.expect(reserves.keys() <= attempts, f"{site}: an attempt was charged that the coordinator doesn't account for")
     for r in reserves.values():
         found.expect(r.charge == charge(agreed.mechanism(site, r.round)),
                      f"{site}: record {r.seq} reserved another mechanism than the contract's")
-        found.expect((r.contract, r.code) == (agreed.digest, agreed.code_version) and r.approver in approvers,
+        found.expect((r.contract, r.code) == (digest, agreed.code_version) and r.approver in approvers,
                      f"{site}: record {r.seq} names another contract, code or approver")
     for held in (held for held in ledger.encumbrances if held.run == agreed.run):
         found.expect(held.schedule == schedule(agreed.plans(site)),
