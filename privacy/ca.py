@@ -30,6 +30,7 @@ from privacy.contract import Name, Sha256, Terms, validate
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file, write_private
 from privacy.identity import (
+    CERTIFICATE_DAYS,
     PublicKey,
     Role,
     TrustStore,
@@ -45,7 +46,6 @@ from privacy.statements import parse_payload, seal, unseal
 
 ROSTER_TYPE = "application/vnd.consilo.roster+json"
 CRL_DAYS = 30
-CERTIFICATE_DAYS = 90  # of what is issued to people and machines; `fl-client renew` replaces it
 BACKDATE = timedelta(minutes=5)  # tolerated clock difference
 
 

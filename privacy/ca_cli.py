@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from privacy import ca, ca_enrol
 from privacy.cli_edge import emit, run
 from privacy.errors import UsageError
 from privacy.files import FileLayer, read_file, write_private
-from privacy.identity import Role, TrustStore
+from privacy.identity import CERTIFICATE_DAYS, Role
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="The consortium's certificate authority.")
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The CA's folder.", show_default=False)]
@@ -24,6 +23,8 @@ def init_command(folder: Folder,
                  days: Annotated[int, typer.Option("--days", help="Validity of the CAs.")] = 1825,
                  as_json: Json = False) -> None:
     """Make the root and one issuing CA per role."""
+    from privacy import ca
+
     root = ca.init(folder, organisation, days=days)
     emit({"ca": root, "folder": str(folder)}, as_json,
          f"CA made in {folder}. Tell every member this fingerprint by another way (ca.sha256):\n{root}")
@@ -37,6 +38,8 @@ def token_command(folder: Folder,
                   days: Annotated[int, typer.Option("--days", help="Until when it can be used.")] = 7,
                   as_json: Json = False) -> None:
     """Make a token with which one site enrols, once; hand the file over by a way that the coordinator can't read."""
+    from privacy import ca_enrol
+
     token, expires = ca_enrol.make_token(folder, name, organisation, days=days)
     write_private(out, token.text())
     emit({"token": token.id, "name": name, "expires": expires.isoformat(), "out": str(out)}, as_json,
@@ -51,9 +54,11 @@ def issue_command(folder: Folder,
                       "--enrolment", help="In place of --request: what came through the coordinator.")] = None,
                   role: Annotated[Role | None, typer.Option("--role", help="With --request: what it may be.")] = None,
                   host: Annotated[list[str] | None, typer.Option("--host", help="Host of a coordinator.")] = None,
-                  days: Annotated[int, typer.Option("--days", help="Validity.")] = ca.CERTIFICATE_DAYS,
+                  days: Annotated[int, typer.Option("--days", help="Validity.")] = CERTIFICATE_DAYS,
                   as_json: Json = False) -> None:
     """Certify a request. Check by another way that a --request comes from whom it names; an --enrolment proves it."""
+    from privacy import ca, ca_enrol
+
     if request is not None and role is not None and enrolment is None:
         issued = ca.issue(folder, read_file(request), role, days=days, hosts=host or ())
         what = issued.folder
@@ -72,6 +77,8 @@ def issue_command(folder: Folder,
 def revoke_command(folder: Folder, name: Annotated[str, typer.Option("--name", help="Whose certificates.")],
                    as_json: Json = False) -> None:
     """Revoke all certificates of a name."""
+    from privacy import ca
+
     count = ca.revoke(folder, name)
     emit({"name": name, "revoked": count}, as_json,
          f"Revoked {count} certificates. Hand the crl-*.pem of {folder} to every member")
@@ -82,6 +89,9 @@ def roster_command(folder: Folder,
                    out: Annotated[Path | None, typer.Option("--out", help="Write the signed roster here.")] = None,
                    as_json: Json = False) -> None:
     """Renew the revocation lists (good for 30 days) and write the signed roster: who takes part, with certificates."""
+    from privacy import ca
+    from privacy.identity import TrustStore
+
     ca.refresh_crls(folder)
     data = ca.roster(folder)
     entries = ca.verify_roster(data, TrustStore.load(folder))

@@ -21,7 +21,7 @@ from privacy.canonical import canonical, parse
 from privacy.contract import Sha256, Terms, validate
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_private, write_private
-from privacy.identity import Role, TrustStore, fingerprint, load_certificate, read_subject, subject
+from privacy.identity import CERTIFICATE_DAYS, Role, TrustStore, fingerprint, load_certificate, read_subject, subject
 
 MAX_TOKEN_DAYS = 90
 ANSWER = "answer.json"
@@ -50,7 +50,7 @@ def make_token(folder: Path, name: str, organisation: str, *, days: int = 7) -> 
     return token, expires
 
 
-def issue(folder: Path, document: bytes, *, days: int = ca.CERTIFICATE_DAYS, hosts: Sequence[str] = ()) -> ca.IssuedFiles:
+def issue(folder: Path, document: bytes, *, days: int = CERTIFICATE_DAYS, hosts: Sequence[str] = ()) -> ca.IssuedFiles:
     """Certify what an enrolment or a renewal asks for; answer.json in the folder returned goes back to the site.
 
     hosts: of a coordinator's renewal. Raises Refused `enrol.mac`, `enrol.other_ca`, `enrol.token_unknown`,

@@ -41,6 +41,7 @@ _P = 2**255 - 19
 # y of the eight points of small order: identity, order 2, order 4, and the two y of order 8.
 _Y8 = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
 _SMALL_ORDER = {0, 1, _P - 1, _Y8, _P - _Y8}
+CERTIFICATE_DAYS = 90  # of what is issued to people and machines; `fl-client renew` replaces it
 
 
 class Role(StrEnum):
