@@ -1,8 +1,8 @@
 """The exact mean of the sites' models under a linear rule, in two passes (double sketch; after FedEx-LoRA, arXiv
 2410.09432, and FedASK, 2507.09990).
 
-Site k's model is W0 + s (residual + B_k A_k). The mean of the products has at most the sum of the sites' ranks, so two
-means of thin matrices, of width w = that sum + OVERSAMPLE, give it exactly:
+Site k's model is W0 + s (residual + B_k A_k). The mean of the products has at most the sum of the sites' ranks (plus what
+some site doesn't train of B A), so two means of matrices as thin as that, w, give it exactly:
 
     pass 1   Y = mean of D_k O        D_k = B_k A_k - B A, what the site's training changed; O (n, w) public, drawn
     between  Q = qr(Y + B A O)        (m, w) orthonormal: a basis of the mean product's columns, sent to the sites
@@ -23,12 +23,12 @@ from privacy.errors import Refused
 from strategies.adapter import Tensors
 from strategies.base import A, B, Named, Part, Round, Setup, check_still
 from strategies.clip import norm, scale
-from strategies.hetero import RANKS, mask, own_rank, truncated
+from strategies.hetero import own_rank, truncated
 from strategies.merge import without_residual
 from strategies.product import PRODUCT, Matrix, ProductRule, best_rank
 
 COLUMNS, BASIS, ROWS = ".columns", ".basis", ".rows"  # Y (m, w), Q (m, w), Z (w, n)
-OVERSAMPLE = 4  # columns beyond the sum of ranks; with none, O may all but hide a direction (errors 100 times larger)
+OVERSAMPLE = 4  # columns beyond that rank; with none, O may all but hide a direction (errors 100 times larger)
 LONGEST = 1 + 1e-3  # norm of a column of a basis: a coordinator that sends longer ones deviates
 
 
@@ -56,7 +56,6 @@ class Exact(ProductRule):
                 out.append(Part(*part, setup.bound(part[0])))
         if pass_no == 1:
             out += [Part(name, shape, setup.bound(name)) for name, shape in self.others(round_)]
-            out += [Part(RANKS, (setup.rank,), 1.0)] if _ragged(setup) else []
         return tuple(out)
 
     def parts(self, round_: Round, pass_no: int, new: Tensors, shared: Tensors) -> Named:
@@ -70,9 +69,6 @@ class Exact(ProductRule):
         factor, out = scale(length, setup.max_norm), {}
         for part in self.plan(round_, pass_no):
             module, _, kind = part.name.rpartition(".")
-            if part.name == RANKS:
-                out[part.name] = mask(round_, rank)
-                continue
             if module not in factors:
                 value = rest[part.name]
             elif f".{kind}" == COLUMNS:
@@ -88,7 +84,7 @@ class Exact(ProductRule):
         out = {}
         for m in round_.setup.modules:
             if _sketched(round_.setup, m):
-                begun = _mean_start(round_, means, m) @ drawn(round_.setup, round_.no, m)
+                begun = without_residual(round_.old, m) @ drawn(round_.setup, round_.no, m)
                 out[m + BASIS] = np.ascontiguousarray(np.linalg.qr(means[m + COLUMNS] + begun)[0], np.float32)
         return out
 
@@ -98,7 +94,7 @@ class Exact(ProductRule):
             if not _sketched(round_.setup, m):
                 out[m + PRODUCT] = means[m + PRODUCT]
                 continue
-            begun, q = _mean_start(round_, means, m), bases[m + BASIS].astype(np.float64)
+            begun, q = without_residual(round_.old, m), bases[m + BASIS].astype(np.float64)
             out[m + PRODUCT] = (q @ (means[m + ROWS] + q.T @ begun) - begun).astype(np.float32)
         return out
 
@@ -114,24 +110,13 @@ def drawn(setup: Setup, round_no: int, module: str) -> Matrix:
 
 
 def _width(setup: Setup) -> int:
-    return sum(setup.ranks) + OVERSAMPLE
+    """Every site's own components, and those of B A that some site doesn't train."""
+    return sum(setup.ranks) + setup.rank - min(setup.ranks) + OVERSAMPLE
 
 
 def _sketched(setup: Setup, module: str) -> bool:
     m, n = setup.shape(module + B)[0], setup.shape(module + A)[1]
     return _width(setup) * (m + n) < m * n
-
-
-def _ragged(setup: Setup) -> bool:
-    return set(setup.ranks) != {setup.rank}
-
-
-def _mean_start(round_: Round, means: Tensors, module: str) -> Matrix:
-    """Weighted mean of what the sites began with: B A, with a component at the share of the sites that train it."""
-    if not _ragged(round_.setup):
-        return without_residual(round_.old, module)
-    left = round_.old[module + B] * means[RANKS].astype(np.float64)
-    return np.asarray(left @ round_.old[module + A])
 
 
 def _difference(new: Tensors, begun: Tensors, module: str) -> tuple[Matrix, Matrix]:

@@ -83,7 +83,7 @@ class Krum(Robust):
     def pick(self, updates: Matrix, byzantine: int) -> Matrix:
         n = len(updates)
         far = np.stack([np.square(updates - one).sum(axis=1) for one in updates])
-        near = np.sort(far, axis=1)[:, 1:n - byzantine - 1]  # without itself
+        near = np.sort(far, axis=1)[:, :n - byzantine - 1]  # and itself, at 0
         best = min(range(n), key=lambda i: (float(near[i].sum()), updates[i].tobytes()))  # ties: whoever comes first
         return np.asarray(updates[best])
 

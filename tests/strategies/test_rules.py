@@ -11,13 +11,14 @@ from privacy.contract import RuleTerms, TensorRange
 from privacy.errors import Refused, UsageError
 from strategies import conformance as kit
 from strategies.adapter import Tensors, initial
-from strategies.base import CORE, A, B, Named, Part, Round, Rule, Setup, segments
+from strategies.base import CORE, A, B, Named, Part, Round, Rule, Setup, adapter_spec, segments
 from strategies.exact import Exact
 from strategies.example import Rotated
 from strategies.federate import federate
 from strategies.fedsb import FedSb, public_start
 from strategies.hetero import Hetero
 from strategies.linear import FedIt, Ffa, RoLora
+from strategies.merge import product
 from strategies.optimizers import stepped
 from strategies.plaintext import Krum, Median, TrimmedMean
 from strategies.product import best_rank
@@ -59,6 +60,24 @@ def test_each_component_of_hetero_is_the_mean_of_the_sites_that_train_it() -> No
 
     assert worst(Hetero()) < 1e-6
     assert worst(NoMask()) > 1e-2
+
+
+def test_exact_is_exact_when_one_site_alone_has_most_of_the_rank() -> None:
+    """Seven components of B A that the others don't train add to the rank that the sketch must hold."""
+    one, ranks, weights = Exact(), (8, 1, 1), (1.0, 0.5, 0.25)
+    shapes = (("layer.query" + A, (8, 96)), ("layer.query" + B, (96, 8)))
+    setup = Setup(spec=adapter_spec(one, shapes), ranks=ranks, max_norm=1e3, range=1e3)
+    rng = np.random.default_rng(0)
+    old = {n: v + rng.normal(0, 0.3, v.shape).astype(np.float32) for n, v in initial(setup.spec, 0).items()}
+    round_ = Round(setup, 1, old)
+    begun = [one.start(round_, r) for r in ranks]
+    news = [{n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) if one.trains(n) else v for n, v in t.items()}
+            for t in begun]
+    after = federate(one, setup, 1, old, news, weights).adapter
+    moved = [product(new, "layer.query") - product(t, "layer.query") for new, t in zip(news, begun, strict=True)]
+    want = product(old, "layer.query") + np.average(moved, axis=0, weights=weights)
+    assert one.passes(setup) == 2
+    assert np.linalg.norm(product(after, "layer.query") - want) < kit.TOLERANCE * np.linalg.norm(want)
 
 
 def test_component_that_no_survivor_trains_stays() -> None:
