@@ -112,3 +112,29 @@ def round_command(
     cli_edge.emit(rounded(found), as_json, render(found))
     if not found["exact"]:
         raise typer.Exit(1)
+
+
+@app.command("dp-step")
+def dp_step_command(
+        model: Annotated[str, typer.Option(help="minilm, llama-like or smollm2: sizes; weights are random.")] = "minilm",
+        batch: Annotated[int | None, typer.Option(min=1, help="Records in a step; the model's own by default.")] = None,
+        length: Annotated[int | None, typer.Option(min=2, max=512, help="Tokens of a record; as above.")] = None,
+        rank: Annotated[int, typer.Option(min=1, max=256, help="LoRA's r.")] = 8,
+        repeats: Annotated[int, typer.Option(min=1, help="Interleaved repetitions; medians are reported.")] = 15,
+        threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+        seed: Annotated[int, typer.Option(help="Of weights and records.")] = 1,
+        as_json: Json = False) -> None:
+    """A private LoRA step by the fused engine, beside a plain step, Opacus' hooks and its ghost clipping.
+
+    Exits with 1 if a record's norm is off.
+    """
+    from simulations.bench_dp_models import SHAPES
+    from simulations.bench_dp_step import render, run
+
+    if model not in SHAPES:
+        raise typer.BadParameter(f"--model is {', '.join(SHAPES)}.")
+    found = run(model=model, batch=batch or SHAPES[model].batch, length=length or SHAPES[model].length, rank=rank,
+                repeats=repeats, threads=threads, seed=seed)
+    cli_edge.emit(rounded(found), as_json, render(found))
+    if not found["exact"]:
+        raise typer.Exit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,11 +38,17 @@ def _resident(encoding: Encoding, seed: int, neighbours: int, threads: int) -> i
     update = np.random.default_rng(seed).uniform(-1, 1, encoding.dim).astype(np.float32)
     tiny = Encoding(bits=encoding.bits, ring=encoding.ring, cohort=encoding.cohort, ranges=((1, encoding.ranges[0][1]),))
     _encode_and_mask(tiny, update[:1], neighbours, threads)  # loads what is loaded once
+    grown = peak_growth(lambda: _encode_and_mask(encoding, update, neighbours, threads))
+    return None if grown is None else update.nbytes + grown
+
+
+def peak_growth(work: Callable[[], object]) -> int | None:
+    """Most resident bytes of this process while `work` runs, less those before it. None where the kernel doesn't tell."""
     try:
         _CLEAR.write_text("5")  # proc(5): the peak starts from here
         before = _status("VmRSS")
-        _encode_and_mask(encoding, update, neighbours, threads)
-        return update.nbytes + _status("VmHWM") - before
+        work()
+        return _status("VmHWM") - before
     except (OSError, KeyError):
         return None
 

@@ -388,3 +388,17 @@ def test_a_replaced_forward_is_refused_rather_than_bypassed() -> None:
     layer.forward = lambda x: 2 * torch.nn.functional.linear(x, layer.weight)
     with pytest.raises(UsageError, match="lm_head"):
         build("fused", case)
+
+
+def test_a_record_that_uses_a_weight_outside_its_layer_silences_itself_only() -> None:
+    """Autograd's own gradient of that weight would otherwise stay, and make every later batch look like this one."""
+    case = make(KINDS["lm_head"])
+    weight, outside = case.module.base_model.model.lm_head.weight, set[int]()
+    grads = gradients("fused", case.module, case.parameters, lambda rows: case.losses(rows) + torch.tensor(
+        [float(row in outside) for row in rows]) * (weight.sum() if outside & set(rows.tolist()) else 0.0))
+    draw = Draw(EVERYONE[:, None], np.ones(RECORDS, np.int64))
+    clean = np.concatenate(list(grads.clipped(draw, 1.0, 4)))
+    outside.add(5)
+    got = np.concatenate(list(grads.clipped(draw, 1.0, 4)))
+    assert not got[5].any()
+    np.testing.assert_array_equal(np.delete(got, 5, axis=0), np.delete(clean, 5, axis=0))

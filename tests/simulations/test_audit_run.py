@@ -21,7 +21,7 @@ import simulations.audit as audit_module
 from conf import load_settings
 from privacy import cli_edge
 from privacy.contract import Contract
-from privacy.dpsgd import PerSampleGradients
+from privacy.dpsgd import ClippedGradients
 from privacy.errors import CheckFailed, UsageError
 from simulations import audit_cli
 from simulations.audit import CanaryTrainer, Place, audit, configured
@@ -29,7 +29,7 @@ from simulations.audit_tiny import LABELS, WIDTH, tiny
 
 ALPHA = 0.01
 Plant = Callable[[pytest.MonkeyPatch], None]
-honest_noise, honest_clipped = noise.lattice_noise, PerSampleGradients.clipped
+honest_noise, honest_clipped = noise.lattice_noise, ClippedGradients.clipped
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,10 @@ def quarter_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def fourfold_clip(patch: pytest.MonkeyPatch) -> None:
-    def clipped(self: PerSampleGradients, draw: Any, clip: float, batch: int) -> Iterator[NDArray[np.int64]]:
+    def clipped(self: ClippedGradients, draw: Any, clip: float, batch: int) -> Iterator[NDArray[np.int64]]:
         return (4 * part for part in honest_clipped(self, draw, 4 * clip, batch))  # in the lattice of the claimed clip
 
-    patch.setattr(PerSampleGradients, "clipped", clipped)
+    patch.setattr(ClippedGradients, "clipped", clipped)
 
 
 def every_record_always(patch: pytest.MonkeyPatch) -> None:
