@@ -52,7 +52,7 @@ def test_sigma_is_calibrated_over_rounds_and_retries(make: Make) -> None:
     ("data.sites={a:{n_decl:9},b:{n_decl:9}}", "secagg.cohort"),
     ("data.sites={a:{n_decl:9},b:{n_decl:9},z:{n_decl:9}}", "contract.no_certificate"),
     ("data.sites={a:{n_decl:9},b:{n_decl:9},c:{weight:1}}", "contract.n_decl"),
-    ("rule.name=krum", "rule.unknown"), ("rule.optimizer=adamw", "optimizer.unknown"),
+    ("rule.name=krum", "rule.not_linear"), ("rule.optimizer=adamw", "optimizer.unknown"),
     ("secure_aggregation.bits=31", "encoding.overflow"), ("secure_aggregation.threshold=2", "secagg.threshold"),
     ("secure_aggregation.threshold=4", "secagg.threshold"), ("secure_aggregation.colluding=2", "secagg.cohort")])
 def test_refused_with_its_code(make: Make, override: str, code: str) -> None:
