@@ -29,6 +29,7 @@ bench: $(STAMP)
 	@mkdir -p outputs/bench
 	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
 	@$(BIN)/fl-simulate bench round --json > outputs/bench/round.json
+	@$(BIN)/fl-simulate bench dp-step --model minilm --json > outputs/bench/dp-step.json
 
 proto: $(STAMP)
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. privacy/control/*.proto

@@ -79,6 +79,8 @@ class SiteSettings(Terms):
     state: str = "state"
     other_lineages: tuple[str, ...] = Field((), description="state folders of this site's other data lineages")
     threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
+    engine: Literal["auto", "fused", "opacus"] = Field("auto", description="of per-sample gradients; what is released "
+                                                       "is the same mechanism, so it is the site's own choice")
     control_url: str | None = Field(None, description="the coordinator's control plane; null: roster and revocation lists "
                                     "are carried by hand")
     proxy: str | None = Field(None, description="HTTP CONNECT proxy; null: that of the environment (HTTPS_PROXY)")

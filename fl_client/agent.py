@@ -243,4 +243,4 @@ def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> d
     site = settings.site
     return {"contract": contract.to_bytes().decode(), "site": site.name, "model": str(Path(settings.model.path).resolve()),
             "data": str(Path(site.data).resolve()), "text": site.text, "label": site.label, "threads": site.threads,
-            "person": site.person or "", "lineage": ledger.lineage if ledger else ""}
+            "engine": site.engine, "person": site.person or "", "lineage": ledger.lineage if ledger else ""}

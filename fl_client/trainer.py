@@ -78,7 +78,7 @@ def _load(request: dict[str, Any], _: bytes) -> tuple[LocalTrainer, Reply]:
         torch.set_num_threads(request["threads"])
     trainer = LocalTrainer(load_contract(request["contract"].encode()), request["site"], model=Path(request["model"]),
                            data=Path(request["data"]), text=request["text"], label=request["label"],
-                           person=request["person"] or None, lineage=request["lineage"])
+                           person=request["person"] or None, lineage=request["lineage"], engine=request["engine"])
     trainer.probe()
     return trainer, (spec_to_json(trainer.spec), b"")
 

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.contract import Contract
-from privacy.dpsgd import PerSampleGradients, noisy_mean
+from privacy.dpsgd import noisy_mean
+from privacy.engine import Engine, gradients
 from privacy.errors import Refused
 from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
@@ -41,7 +42,7 @@ class LocalTrainer:
     """Raises at construction: Refused `model.digest`, `data.floor`; UsageError from model, data and DP coverage."""
 
     def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str,
-                 person: str | None = None, lineage: str = "") -> None:
+                 person: str | None = None, lineage: str = "", engine: Engine = "auto") -> None:
         self._contract, self._site, self._local_lr = contract, site, contract.rule.local_lr
         by_person = contract.privacy.unit == "person"
         records = load_records(data, contract.data.labels, text=text, label=label, person=person if by_person else None)
@@ -67,7 +68,7 @@ class LocalTrainer:
             return each * valid[rows]  # an invalid record has a zero gradient
 
         trained = {n: p for n, p in classifier.parameters.items() if n in self.spec.trained}
-        self._grads = PerSampleGradients(classifier.module, trained, losses)
+        self._grads = gradients(engine, classifier.module, trained, losses)
 
     def probe(self) -> None:
         """One backward pass of a synthetic record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
