@@ -127,7 +127,8 @@ class SiteRound:
     def _closing(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
         self._asked(_load(stages.Ask, body))
         statement, extract = self._statements.closing()
-        return Outgoing(System(stages.dump(stages.Closed(statement=statement, ledger=extract.decode()))))
+        return Outgoing(System(stages.dump(stages.Closed(statement=statement, ledger=extract.decode(),
+                                                         refusals=tuple(self._statements.refusals.values())))))
 
     def _charged(self, offer: tr.Offer, train: Callable[[], Update]) -> tuple[Update, Charge]:
         """Reserve durably, then sample and draw noise, then commit. A failure in between stays spent."""
@@ -178,7 +179,9 @@ class SiteRound:
         self._replies.forget("train.")
 
     def _record(self, code: SiteCode) -> None:
-        """A refusal that says something about the coordinator goes into the ledger, once each."""
+        """A refusal that says something about the coordinator is stated, and goes into the ledger, once each."""
+        if code.value in REFUSALS:
+            self._statements.refusal(code.value)
         closed = self._ledger is None or any(c.run == self.contract.run for c in self._ledger.summary().closes)
         if self._ledger is not None and not closed and code.value in REFUSALS:
             self._ledger.refuse(code.value, self.contract.run, self.contract.digest, "round")

@@ -23,6 +23,7 @@ class SiteStatements:
     def __init__(self, contract: Contract, site: str, signer: Signer, ledger: Ledger | None,
                  keep: Callable[[str, str], None]) -> None:
         self._contract, self._site, self._signer, self._ledger, self._keep = contract, site, signer, ledger, keep
+        self.refusals: dict[str, str] = {}  # envelopes, by code
 
     def acceptance(self, policy: SitePolicy, approval: Approval) -> str:
         """approval: who agreed to this contract under this policy, as `check_approval` found it."""
@@ -43,6 +44,11 @@ class SiteStatements:
             "adapter_in": offer.adapter, "view": view.hex(), "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip),
             "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1],
             "epsilon": epsilon})
+
+    def refusal(self, code: str) -> None:
+        """State that this site said no to a round; the coordinator gets it when the run is closed."""
+        if code not in self.refusals:
+            self.refusals[code] = self._make("refusal", ("contract", self._contract.digest), {"code": code})
 
     def closing(self) -> tuple[str, bytes]:
         """(envelope, ledger extract), both empty without a ledger. The first call closes the run; all say the same."""

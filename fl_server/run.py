@@ -31,7 +31,7 @@ from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError, RoundVoid
 from privacy.identity import Signer
 from privacy.ledger import check_extract
-from privacy.predicates import KINDS, Acceptance, Closing
+from privacy.predicates import KINDS, Acceptance, Closing, Refusal
 from privacy.secagg.peers import CheckCertificate
 from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
@@ -223,11 +223,19 @@ class Run:
                 continue
             try:
                 closed = validate(stages.Closed, parse(answer.note.body))
+                for envelope in closed.refusals:
+                    self._take_refusal(name, envelope.encode())
                 if self.contract.privacy.trust != "none":
                     epsilon[name] = self._take_closing(name, closed)
             except ConsiloError as e:
                 self._progress({"event": "silent", "site": name, "reason": e.code})
         return epsilon
+
+    def _take_refusal(self, name: str, envelope: bytes) -> None:
+        said = statement(Refusal, envelope, self._certificates[name])
+        if (said.site, said.run, said.contract) != (name, self.contract.run, self.contract.digest):
+            raise CheckFailed("round.statement", "A refusal is about something else than this run.", "Ask that site.")
+        self._keep("refusal", name, envelope)
 
     def _take_closing(self, name: str, closed: stages.Closed) -> str:
         """Keep a site's closing statement and ledger if they belong together; returns the epsilon that it claims."""

@@ -137,6 +137,13 @@ class Release(Predicate):
     units: Count
 
 
+class Refusal(Predicate):
+    """The site said no to a round of the run, with a code that depends on no record. Once for each code."""
+
+    site: Name
+    code: Code
+
+
 class Withdrawal(Predicate):
     """The site takes part no more. What was released stays released; what was spent stays spent."""
 
@@ -165,6 +172,7 @@ KINDS = {kind.name: kind for kind in (
     Kind("round", "urn:consilo:round:2", "coordinator", Round),
     Kind("evaluation", "urn:consilo:evaluation:1", "coordinator", Evaluation),
     Kind("closing", "urn:consilo:closing:1", "site", Closing),
+    Kind("refusal", "urn:consilo:refusal:1", "site", Refusal),
     Kind("withdrawal", "urn:consilo:withdrawal:1", "site", Withdrawal),
     Kind("release", "urn:consilo:release:1", "coordinator", Release),
 )}

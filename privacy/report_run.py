@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from privacy.contract import Contract
-from privacy.predicates import BEFORE_SUM, Acceptance, ContractSignature, Evaluation, Release, Round, RoundSite
+from privacy.predicates import BEFORE_SUM, Acceptance, ContractSignature, Evaluation, Refusal, Release, Round, RoundSite
 from privacy.transparency import least_witnesses
 from privacy.verify_trust import Facts
 
@@ -90,6 +90,8 @@ def incidents(facts: Facts, agreed: Contract) -> list[dict[str, Any]]:
                 refused.setdefault(refusal.code, set()).add(site)
     for at, sites in unsigned.items():
         add("unsigned", at, sites)
+    for said in facts.said(Refusal):
+        refused.setdefault(said.code, set()).add(said.site)
     for code in sorted(refused):
         add("refused", (0, 0), sorted(refused[code]), reason=code)
     if facts.unaccounted:

@@ -57,10 +57,11 @@ class Masked(Terms):
 
 
 class Closed(Terms):
-    """Answer to `closing`. Both are "" when trust is none."""
+    """Answer to `closing`. Statement and ledger are "" when trust is none."""
 
     statement: str = Field(max_length=65_536, description="envelope of urn:consilo:closing:1")
     ledger: str = Field(max_length=MAX_JSON_BYTES, description="the extract, JSON lines")
+    refusals: tuple[str, ...] = Field((), max_length=32, description="envelopes of urn:consilo:refusal:1")
 
 
 def dump(body: Terms) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 
 from fl_client.agent import consider, open_ledger
 from fl_client.app import StageRefused
-from fl_client.journal import SiteJournal
+from fl_client.journal import SiteJournal, read_statements
 from fl_client.policy import SitePolicy, accept
 from fl_client.round import SiteRound
 from fl_client.witness import Witness
@@ -135,6 +135,8 @@ def test_a_refusal_is_recorded_once_and_signed(site: Site) -> None:
     for _ in range(3):
         site.refusal(site.offer(bits=8))
     assert [(r.code, r.what) for r in site.ledger.summary().refusals] == [("site.contract_mismatch", "round")]  # type: ignore[union-attr]
+    kinds = [kind for kind, _ in read_statements(site.folder / "rounds.jsonl")]
+    assert kinds == ["refusal"] and list(site.round._statements.refusals) == ["site.contract_mismatch"]
     site.refusal(b"{}")
     assert len(site.ledger.summary().refusals) == 1, "noise on the line is no event"  # type: ignore[union-attr]
 

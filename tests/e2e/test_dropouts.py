@@ -23,7 +23,7 @@ import pytest
 
 from conf import load_settings
 from fl_server.contracting import make_contract
-from privacy.verify import verify_bundle
+from privacy.verify import Verdict, verify_bundle
 from simulations import demo
 from simulations.local import declare_sites
 from strategies.adapter import AdapterSpec
@@ -144,8 +144,15 @@ class Federation:
         return total
 
     def failed_checks(self) -> set[str]:
-        verdict = verify_bundle(self.out / "evidence", (self.out / "ca.sha256").read_text().strip()).as_dict()
-        return {step["name"] for step in verdict["steps"] if not step["ok"]}
+        return {step.name for step in self._verdict().steps if not step.ok}
+
+    def without_ledger(self) -> str:
+        """Sites that the evidence names as trained, and whose ledger never came."""
+        said = next(step.detail for step in self._verdict().steps if step.name == "ledgers")
+        return said.partition("WITHOUT A LEDGER, which never came: ")[2]
+
+    def _verdict(self) -> Verdict:
+        return verify_bundle(self.out / "evidence", (self.out / "ca.sha256").read_text().strip())
 
     def _say(self, *more: str) -> str:
         done = subprocess.run([sys.executable, "-P", "-m", "fl_server.cli", "status", str(self.out), *more],
@@ -224,8 +231,8 @@ def test_one_killed_site_leaves_the_exact_sum_of_the_survivors(run: Run, job: Jo
     assert [(r["outcome"], r["sites"], r["lost"]) for r in status["rounds"]] == [
         ("done", survivors, lost), ("done", others, [f"{fall.site} update site.unreachable"])]
     assert f"round 1, attempt 0: sum of {', '.join(survivors)}; lost: {', '.join(lost)}\n" in federation.status_text()
-    assert federation.failed_checks() == ({"ledgers", "epsilon"} if IN_SUM[fall.stage] else set()), (
-        "whoever signed a round and never came back shows no ledger")
+    assert federation.failed_checks() == set()
+    assert federation.without_ledger() == (fall.site if IN_SUM[fall.stage] else ""), "it signed a round and never came back"
     assert all(federation.log(name).count("link: connected") <= 1 for name in others), "nobody else lost its link"
 
 
@@ -242,7 +249,8 @@ def test_two_killed_sites_void_the_attempt_and_without_retries_the_run(run: Run,
     assert status["rounds"] == [{"round": 1, "attempt": attempt, "outcome": "void", "reason": "secagg.too_few", "sites": [],
                                  "lost": lost} for attempt in range(job.retries + 1)]
     assert f"round 1, attempt 0: void (secagg.too_few); lost: {', '.join(lost)}\n" in federation.status_text()
-    assert federation.failed_checks() == ({"ledgers", "epsilon"} if IN_SUM[stage] else set())
+    assert federation.failed_checks() == set()
+    assert bool(federation.without_ledger()) == IN_SUM[stage]
     assert not (federation.out / "adapter").exists()
 
 

@@ -134,7 +134,7 @@ def furnish(machines: Machines, tiny_model: Path, tiny_data: dict[str, Path]) ->
     tiny = "model.name=tiny model.max_length=16"
     for host, name in {"coordinator": "coordinator", **dict.fromkeys(SITES, "site")}.items():
         text = machines.local((ROOT / "deploy" / "systemd" / f"{name}.env").read_text(), host)
-        text = text.replace("model.name=minilm", tiny).replace("n_decl:700", "n_decl:70").replace("rounds=20", "rounds=30")
+        text = text.replace("model.name=minilm", tiny).replace("n_decl:700", "n_decl:70").replace("rounds=20", "rounds=16")
         (machines.root / host / "etc" / f"{name}.env").write_text(text.replace("threads=4", "threads=1"))
 
 
@@ -194,7 +194,7 @@ def test_the_guide_runs_and_a_revoked_site_is_out(machines: Machines, tiny_model
     machines.carry_roster()
     assert machines.running["run"].wait(180) == 0, machines.log("run")
     out = rounds()[-1]
-    assert (len(rounds()), out["sites"]) == (30, list(SITES[:3])), "the others go on"
+    assert (len(rounds()), out["sites"]) == (16, list(SITES[:3])), "the others go on"
     assert {lost.split()[0] for lost in out["lost"]} == {"hospital-d"}
     assert {lost.split()[2] for lost in out["lost"]} <= {"identity.revoked", "site.unreachable", "site.session_aborted"}
     stop({host: machines.running.pop(host) for host in SITES})

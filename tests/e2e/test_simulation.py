@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from conf import load_settings
+from fl_client.app import StageRefused
 from fl_client.round import SiteRound
 from fl_server.journal import status
-from privacy.errors import Refused, RoundVoid
+from privacy.errors import Refused, RoundVoid, SiteCode
 from privacy.report import write_report
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.encoding import Encoding
@@ -197,6 +198,28 @@ def test_attack_abort_storm_ends_with_the_retries_and_every_attempt_is_charged(o
         assert ledger.count('"kind":"reserve"') == 2
     assert events(tmp_path / "out")[-1] == {"event": "end", "outcome": "secagg.too_few"}
     assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize("trust", ["privacy.trust=local", "privacy=none"])
+def test_a_site_that_says_no_states_it(overrides: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trust: str) -> None:
+    compare, said = SiteRound._compare, list[str]()
+
+    def refuse_once(site: SiteRound, *offer: Any) -> None:
+        if site.site == "site-b" and not said:
+            said.append("no")
+            raise StageRefused(SiteCode.CONTRACT)
+        compare(site, *offer)
+
+    monkeypatch.setattr(SiteRound, "_compare", refuse_once)
+    outcome = run(overrides(trust, "privacy.retries=1", "seed=5"))
+    assert outcome.result.void == 1
+    stated = [(p["site"], p["code"]) for p in predicates(tmp_path / "out", "refusal")]
+    assert stated == [("site-b", "site.contract_mismatch")]
+    assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+    write_report(tmp_path / "out" / "evidence", tmp_path, ca=outcome.root)
+    incidents = json.loads((tmp_path / "report.json").read_text())["incidents"]
+    refused = [(i["reason"], i["sites"]) for i in incidents if i["kind"] == "refused"]
+    assert refused == [("site.contract_mismatch", ["site-b"])]
 
 
 def test_a_second_job_beyond_the_cap_is_refused_before_anything_is_spent(overrides: Make, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from transport_kit import HOST, Pki, link_to, server, serving
 
-from fl_client import link as link_module
+from fl_client import link_tls
 from fl_client.link import FleetLink, StageRefused, build_app
 from fl_client.link_tls import coordinator_check
 from fl_server import fleet_grid, fleet_guard
@@ -557,10 +557,10 @@ def test_coordinator_restart(pki: Pki) -> None:
             assert exchange.ask("update", {"a": Note(b"2")}, deadline_s=5)["a"] == Answer(Note(b"2"), None)
 
 
-@pytest.mark.parametrize("broken", ["_Sockets.cut", "FleetGuard._drop_poll"])
+@pytest.mark.parametrize("broken", ["Sockets.cut", "FleetGuard._drop_poll"])
 def test_stop_during_a_long_poll(pki: Pki, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     """Either way alone ends the poll: the coordinator lets go of it, or the link cuts its sockets."""
-    module = link_module if broken.startswith("_") else fleet_guard
+    module = link_tls if broken.startswith("Sockets") else fleet_guard
     owner, _, method = broken.partition(".")
     monkeypatch.setattr(getattr(module, owner), method, lambda *args: None)
     with server(pki) as fleet:
