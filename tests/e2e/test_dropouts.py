@@ -87,7 +87,7 @@ class Federation:
         self.job, self.out, self._probe, self._spec, self._port = job, out, probe, spec, demo.free_port()
         self.limit = time.monotonic() + LIMIT_S
         self._overrides = [*overrides, f"privacy.rounds={job.rounds}", f"privacy.retries={job.retries}",
-                           f"server.out={out}", f"server.port={self._port}", "server.wait_s=60",
+                           f"server.out={out}", f"server.log={out}/log", f"server.port={self._port}", "server.wait_s=60",
                            f"server.stage_deadline_s={job.stage_s}"]
         self._settings = declare_sites(load_settings(self._overrides))
         demo.empty(out)
