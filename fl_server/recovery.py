@@ -39,7 +39,7 @@ class Position:
     scores: dict[int, Score] = field(default_factory=dict)
     lineages: dict[str, str] = field(default_factory=dict)
     torn: bool = False  # the attempt before the next one was under way
-    last: dict[str, Any] = field(default_factory=dict)  # what was stated on the last done round
+    stated: list[dict[str, Any]] = field(default_factory=list)  # on attempts, in order
 
 
 def save_state(folder: Path, adapter: Tensors, state: NDArray[np.float32]) -> None:
@@ -59,21 +59,17 @@ def recover(contract: Contract, spec: AdapterSpec, folder: Path, events: list[di
         raise Refused("run.other", "The folder holds another run.", "Give the contract that it was started with.")
     if any(e["event"] == "end" for e in events):
         raise Refused("run.ended", "This run has ended.", "Another run needs a new folder and a contract of its own.")
-    rounds, voids = [], 0
-    for said in _said(bundle, "round"):
-        rounds += [said] if said["outcome"] == "done" else []
-        voids += said["outcome"] == "void"
+    attempts = _said(bundle, "round")
+    rounds = [said for said in attempts if said["outcome"] == "done"]
     scores = {s["round"]: Score(float(s["metric"]), s["units"]) for s in _said(bundle, "evaluation")}
     lineages = {s["site"]: s["lineage"] for s in _said(bundle, "acceptance")}
-    at = Position(start.adapter, start.state, len(rounds), 0, voids, scores,
-                  lineages if len(lineages) == len(contract.sites) else {})
+    at = Position(start.adapter, start.state, len(rounds), 0, len(attempts) - len(rounds), scores,
+                  lineages if len(lineages) == len(contract.sites) else {}, stated=attempts)
     if rounds:
-        at.last = rounds[-1]
         at.adapter, at.state = _load_state(folder / "rounds" / f"{at.done:04d}" / STATE, spec, rounds[-1]["adapter_out"])
     begun = [(e["round"], e["attempt"]) for e in events if e["event"] == "round"]
-    stated = {(s["round"], s["attempt"]) for s in _said(bundle, "round")}
     at.attempt = 1 + max((a for r, a in begun if r == at.done + 1), default=-1)
-    at.torn = bool(begun) and begun[-1] not in stated
+    at.torn = bool(begun) and begun[-1] not in {(s["round"], s["attempt"]) for s in attempts}
     return at
 
 

@@ -122,12 +122,14 @@ class Run:
         if not events:
             self._journal.write("run", run=self.contract.run, contract=self.contract.digest,
                                 rounds=self.contract.privacy.rounds, adapter=adapter_digest(at.adapter))
-        elif at.torn:
+        known = {(e["round"], e["attempt"]) for e in events if e["event"] in ("done", "void")}
+        for said in at.stated:
+            if (said["round"], said["attempt"]) not in known:  # stated, and then the coordinator was killed
+                self._journal.write(said["outcome"], round=said["round"], attempt=said["attempt"], reason=said["reason"],
+                                    adapter=said["adapter_out"], folder=f"{said['round']:04d}", sites=said["sites"],
+                                    lost=[f"{x['site']} {x['stage']} {x['code']}" for x in said["dropped"]])
+        if at.torn:
             self._void(at.done + 1, at, INTERRUPTED)
-        elif at.done > sum(e["event"] == "done" for e in events):  # stated, and then the coordinator was killed
-            self._journal.write("done", round=at.done, attempt=at.last["attempt"], adapter=at.last["adapter_out"],
-                                folder=f"{at.done:04d}", sites=at.last["sites"],
-                                lost=[f"{x['site']} {x['stage']} {x['code']}" for x in at.last["dropped"]])
         return at
 
     def _accept(self, at: Position) -> None:

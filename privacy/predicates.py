@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from privacy.contract import Name, Sha256
-from privacy.ledger_records import Number
+from privacy.ledger_records import Number, RefusalCode
 
 
 def _exists(moment: str) -> str:
@@ -141,7 +141,7 @@ class Refusal(Predicate):
     """The site said no to a round of the run, with a code that depends on no record. Once for each code."""
 
     site: Name
-    code: Code
+    code: RefusalCode
 
 
 class Withdrawal(Predicate):

@@ -6,7 +6,7 @@ The contract itself stays canonical JSON; what signs it lies beside it and names
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -100,7 +100,7 @@ def check_approval(data: bytes, contract: Contract, site: str, *, policy: str, s
     """What this site approved. Raises Refused `contract.not_approved` if that was another contract, under another policy
     or code, or isn't this site's own signature."""
     try:
-        got = read_approval(data, contract, site, signer)
+        got = read_approval(data, contract, site, {signer.fingerprint: signer.certificate})
         if (got.policy, got.code) == (policy, code_digest()):
             return got
     except ConsiloError:
@@ -109,11 +109,17 @@ def check_approval(data: bytes, contract: Contract, site: str, *, policy: str, s
                   "Read it with fl-client approve, and approve it if you agree.")
 
 
-def read_approval(data: bytes, contract: Contract, site: str, signer: Signer | Peer) -> Approval:
-    """What the site once approved, whatever is in force there now. Raises CheckFailed `statement.*`, `contract.signature`
+def signers_certificate(data: bytes) -> x509.Certificate:
+    """The certificate in a signature or approval file, unchecked. Raises UsageError."""
+    return load_certificate(validate(_Signed, parse(data)).certificate.encode())
+
+
+def read_approval(data: bytes, contract: Contract, site: str, certificates: Mapping[str, x509.Certificate]) -> Approval:
+    """What the site once approved, whatever is in force there now. certificates: the site's, by fingerprint. Raises
+    CheckFailed `statement.*`, `contract.signature`
     (of another contract or site); UsageError."""
     signed = validate(_Signed, parse(data))
-    said = open_envelope(signed.envelope.encode(), {signer.fingerprint: signer.certificate})
+    said = open_envelope(signed.envelope.encode(), certificates)
     got = validate(Approval, said.predicate)
     if said.predicate_type != APPROVAL_TYPE or (got.site, got.run, got.contract) != (site, contract.run, contract.digest):
         raise CheckFailed("contract.signature", "The approval is of another contract or site.", "Ask that site.")

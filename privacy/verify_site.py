@@ -3,7 +3,7 @@
 The rules, in order; each is checked even if an earlier one failed.
 
  anchor        The root certificate is the one that --ca names (see `privacy.verify`).
- certificates  Root -> issuing CAs; the site's own certificate, as a site's.
+ certificates  Root -> issuing CAs; the site's own certificate, as a site's, and those of the same key before a renewal.
  manifest      Signed by the site; every file is listed with its digest, none is missing, none is extra.
  ledger        The whole chain with all signatures, nothing hidden behind commitments.
  contracts     Every job on the ledger has its contract here, signed by an engineer and approved at this site; every round
@@ -18,8 +18,11 @@ It can't show that a ledger is the newest one (others hold a later head of it), 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+
+from cryptography.x509 import Certificate
 
 from privacy.accountant import epsilon
 from privacy.canonical import parse
@@ -29,7 +32,7 @@ from privacy.identity import Peer, Role, load_certificate
 from privacy.ledger import LedgerSummary, check_extract
 from privacy.ledger_records import charge
 from privacy.predicates import KINDS, RoundSite
-from privacy.signing import read_approval, read_signature
+from privacy.signing import read_approval, read_signature, signers_certificate
 from privacy.site_bundle import MANIFEST_TYPE, MARK, SiteManifest
 from privacy.statements import open_envelope
 from privacy.transparency import open_checkpoint
@@ -39,9 +42,10 @@ from privacy.verify_trust import Facts, Findings, anchor, check_listed, peer_of
 
 @dataclass
 class SiteFacts(Facts):
-    """Beside those of a run: the site, its ledger, and its contracts by digest."""
+    """Beside those of a run: the site, its certificates by fingerprint, its ledger, and its contracts by digest."""
 
     site: Peer | None = None
+    names: dict[str, Certificate] = field(default_factory=dict)
     ledger: LedgerSummary | None = None
     contracts: dict[str, Contract] = field(default_factory=dict)
 
@@ -67,7 +71,20 @@ def certificates(facts: SiteFacts, found: Findings) -> str:
         peer = peer_of(facts.trust, load_certificate(pem), Role.SITE)
         if found.expect(peer.name == name, "the certificate stands under another name than its own"):
             facts.site = peer
+            facts.names = {peer.fingerprint: peer.certificate, **_earlier(facts, peer)}
     return f"{facts.own().name} of {facts.own().organisation}, under the CA of sites"
+
+
+def _earlier(facts: SiteFacts, own: Peer) -> dict[str, Certificate]:
+    """Certificates that renewals replaced, as the approvals show them: of the same name and key."""
+    found = {}
+    for path, data in facts.raw.files.items():
+        with suppress(ConsiloError):  # `contracts` says what is wrong with it
+            if path.endswith(".approval.json"):
+                peer = peer_of(facts.trust, signers_certificate(data), Role.SITE)
+                if (peer.name, peer.certificate.public_key()) == (own.name, own.certificate.public_key()):
+                    found[peer.fingerprint] = peer.certificate
+    return found
 
 
 def manifest(facts: SiteFacts, found: Findings) -> str:
@@ -101,7 +118,7 @@ def contracts(facts: SiteFacts, found: Findings) -> str:
             continue
         facts.contracts[name] = agreed
         try:
-            read_approval(files.get(f"{name}.approval", b""), agreed, own.name, own)
+            read_approval(files.get(f"{name}.approval", b""), agreed, own.name, facts.names)
             read_signature(files.get(f"{name}.signature", b""), agreed, lambda c: peer_of(facts.trust, c, Role.ENGINEER))
         except ConsiloError as e:
             found.append(f"contract {short}: signature or approval is refused ({e.code})")
@@ -120,7 +137,7 @@ def statements(facts: SiteFacts, found: Findings) -> str:
     count = 0
     for path, data in facts.raw.under("statements").items():
         kind = KINDS[path[7:]]
-        said = open_envelope(data, {own.fingerprint: own.certificate})
+        said = open_envelope(data, facts.names)
         predicate: Any = validate(kind.model, said.predicate)
         count += 1
         found.expect(said.predicate_type == kind.predicate_type and kind.role == "site" and predicate.site == own.name,

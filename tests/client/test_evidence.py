@@ -26,6 +26,7 @@ from privacy.canonical import canonical
 from privacy.contract import Contract
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.identity import FileSigner, Role, create_request
+from privacy.ledger import Ledger
 from privacy.secagg import transcript as tr
 from privacy.signing import sign_contract
 from privacy.site_bundle import MANIFEST_TYPE, read_site_bundle
@@ -267,6 +268,32 @@ def test_withdrawal_from_a_job_that_has_ended(place: Place, tiny_contract: Calla
     before = (place.state / "ledger.jsonl").read_bytes()
     withdraw(place.site, "B. Kim")
     assert (place.state / "ledger.jsonl").read_bytes() == before
+
+
+def test_statements_from_before_a_renewal_still_count(place: Place, tmp_path: Path) -> None:
+    """The ledger's key stays, its certificate is a new one; another key under the same name doesn't count."""
+    ca.issue(place.trust, (place.folder / NAME / "request.json").read_bytes(), Role.SITE)
+    new = place.trust / "issued" / NAME / "sign.pem"
+    assert new.read_bytes() != (place.folder / "certificates" / "sign.pem").read_bytes()
+    shutil.copy(new, place.folder / "certificates" / "sign.pem")
+    export(place.site, place.folder / "bundle")
+    verdict = verify_bundle(place.folder / "bundle", place.root)
+    assert verdict.verdict == "PASS", verdict.as_dict()
+    for approval_file in (place.folder / "bundle" / "contracts").glob("*.approval.json"):
+        value = json.loads(approval_file.read_text())
+        value["certificate"] = (place.trust / "issued" / "hub" / "sign.pem").read_text()
+        approval_file.write_bytes(canonical(value))
+    assert "contracts" in failed(place.folder / "bundle", place.root)
+
+
+def test_a_ledger_that_cannot_be_written_is_no_withdrawal(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(ledger: Ledger, *args: str) -> None:
+        raise Refused("ledger.write_failed", "The disk is full.", "Free it.")
+
+    monkeypatch.setattr(Ledger, "refuse", full)
+    with pytest.raises(Refused, match=r"ledger\.write_failed"):
+        withdraw(place.site, "B. Kim")
+    approved(place.contract, NAME, POLICY, place.signer, place.state)
 
 
 def test_the_manifest_is_another_sites(template: Place, bundle: Path, tmp_path: Path) -> None:
