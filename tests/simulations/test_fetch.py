@@ -96,6 +96,21 @@ def test_no_script_of_the_package_is_run(index: Index) -> None:
     assert index.commands[0][-1] == "@them/mails@1.2.3"
 
 
+def test_setup_py_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """pip itself, on a source package whose setup.py would leave a file behind."""
+    ran = tmp_path / "ran"
+    content = tgz({"mails-1.2.3/setup.py": f"open({str(ran)!r}, 'w').close()\n".encode(), "mails-1.2.3/data/1.txt": b"one",
+                   "mails-1.2.3/PKG-INFO": b"Metadata-Version: 2.1\nName: mails\nVersion: 1.2.3\n"})
+    (tmp_path / "mails-1.2.3.tar.gz").write_bytes(content)
+    monkeypatch.setenv("CONSILO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setitem(TABLE, "mails", Package("pypi-source", "mails", "1.2.3", hashlib.sha256(content).hexdigest(),
+                                                "mails-1.2.3/data", ("1.txt",), "CC0", "tests"))
+    assert (fetch("mails") / "1.txt").read_bytes() == b"one"
+    assert not ran.exists()
+
+
 def test_the_cache_answers_until_the_pin_changes(index: Index) -> None:
     index.serve(tgz(GOOD))
     fetch("mails")
