@@ -29,7 +29,7 @@ from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature
 from privacy.trust_files import WatchedTrust
-from strategies.records import load_records
+from strategies.records import LabelledFile
 
 if TYPE_CHECKING:
     from fl_client.link import FleetLink
@@ -117,7 +117,7 @@ def find_tags(contract: Contract, site: SiteSettings) -> lineage.Tags:
     Raises UsageError `data.*`; Refused `key.permissions`.
     """
     person = site.person if contract.privacy.unit == "person" else None
-    records = load_records(Path(site.data), contract.data.labels, text=site.text, label=site.label, person=person)
+    records = LabelledFile(Path(site.data), contract.data.labels, text=site.text, label=site.label, person=person)
     return lineage.tags(lineage.site_key(Path(site.state) / "lineage.key"), records.contents, records.people)
 
 

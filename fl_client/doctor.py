@@ -144,10 +144,10 @@ class Doctor:
 
     def _data(self) -> str:
         from privacy.population import Population
-        from strategies.records import load_records
+        from strategies.records import LabelledFile
 
         contract, site = Papers.load(self._site, record=False).contract, self._site
-        records = load_records(Path(site.data), contract.data.labels, text=site.text, label=site.label,
+        records = LabelledFile(Path(site.data), contract.data.labels, text=site.text, label=site.label,
                                person=site.person if contract.privacy.unit == "person" else None)
         units = Population(len(records), contract.mechanism(site.name), owners=records.owners, lineage="",
                            contents=records.contents).units

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,15 @@ def site_key(path: Path) -> bytes:
     return key
 
 
-def tags(key: bytes, contents: Sequence[bytes], people: Sequence[str] = ()) -> Tags:
-    """Tags of records, by canonical content and, where given, of their persons by key. Order and repetitions don't count."""
-    parts = [b"record\n" + content for content in contents]
-    parts += [b"person\n" + person.encode("utf-8", "surrogatepass") for person in set(people)]
-    digests = b"".join(hmac.digest(key, part, "sha256")[:TAG_BYTES] for part in parts)
-    return np.unique(np.frombuffer(digests, np.uint64))
+def tags(key: bytes, contents: Iterable[bytes], people: Iterable[str] = ()) -> Tags:
+    """Tags of records, by canonical content and, where given, of their persons by key. Order and repetitions don't count.
+    Each is read once: 8 bytes of memory for it, and as many again while they are sorted."""
+    parts = chain((b"record\n" + content for content in contents),
+                  (b"person\n" + person.encode("utf-8", "surrogatepass") for person in people))
+    found = bytearray()
+    for part in parts:
+        found += hmac.digest(key, part, "sha256")[:TAG_BYTES]
+    return np.unique(np.frombuffer(found, np.uint64))
 
 
 def overlap(a: Path, b: Path) -> bool:

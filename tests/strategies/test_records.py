@@ -94,7 +94,7 @@ def test_count_is_the_number_of_units_good_or_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "body", "code"), [
-    ("absent.csv", None, "data.missing"), ("x.parquet", "", "data.format"), ("x.pkl", "", "data.format"),
+    ("absent.csv", None, "data.missing"), ("x.xlsx", "", "data.format"), ("x.pkl", "", "data.format"),
     ("x.csv", "", "data.column"), ("x.csv", "text,label\n", "data.empty"), ("x.jsonl", "\n\n", "data.empty")])
 def test_file_that_is_none(tmp_path: Path, name: str, body: str | None, code: str) -> None:
     if body is not None:
