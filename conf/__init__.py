@@ -7,6 +7,7 @@ No other module sees hydra or OmegaConf. Nothing in a configuration is ever exec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
 
 
 def _open(override: str) -> str:
-    """Hydra wants ++ in front of keys that are new; the names of sites always are."""
-    return f"++{override}" if override.startswith(OPEN_KEYS) else override
+    """Hydra wants ++ in front of keys that no chosen file holds: names of sites, and settings left at their default."""
+    key = override.partition("=")[0]
+    new = override.startswith(OPEN_KEYS) or ("." in key and key in _known_keys())
+    return f"++{override}" if new else override
 
 
 def _refuse_code(value: Any) -> None:
@@ -72,6 +75,7 @@ def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
     return UsageError("config.override", "The overrides are not understood.", "Write them as group=name or key=value.")
 
 
+@cache
 def _known_keys() -> list[str]:
     def walk(model: Any, prefix: str) -> list[str]:
         out = []

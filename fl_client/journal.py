@@ -2,7 +2,7 @@
 
 Appended and fsynced.
 
-(run, round, attempt) only ever grows: an attempt that was begun is never begun again, so nothing is masked twice.
+(run, round, attempt, pass) only ever grows: what was begun is never begun again, so nothing is masked twice.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from typing import Any
 from privacy.canonical import canonical, parse
 from privacy.errors import Aborted, CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_file
-
-Slot = tuple[int, int]  # (round, attempt)
+from privacy.secagg.transcript import Slot
 
 
 class SiteJournal:
@@ -44,30 +43,30 @@ class SiteJournal:
             self._files.truncate(self._fd, whole)
 
     def last(self, run: str) -> Slot:
-        """The newest attempt begun in a run; (0, 0) if none."""
-        return max(self._begun.get(run, {(0, 0)}))
+        """The newest pass begun in a run; (0, 0, 0) if none."""
+        return max(self._begun.get(run, {(0, 0, 0)}))
 
     def attempts(self, run: str) -> int:
         """Number of attempts begun in a run."""
-        return len(self._begun.get(run, ()))
+        return len({slot[:2] for slot in self._begun.get(run, ())})
 
     def spent_from(self, adapter: str) -> bool:
         """Whether an update trained from the adapter with this digest has left, in any run."""
         return adapter in self._spent
 
-    def started(self, run: str, round_no: int, attempt: int) -> None:
-        """Durable before M1. Raises Aborted `secagg.stale` unless the attempt is newer than all before."""
-        if (round_no, attempt) <= self.last(run):
+    def started(self, run: str, slot: Slot) -> None:
+        """Durable before M1. Raises Aborted `secagg.stale` unless the pass is newer than all before."""
+        if slot <= self.last(run):
             raise Aborted("secagg.stale", "This attempt was begun before.", "Start a new attempt.")
-        self._append({"event": "started", "run": run, "round": round_no, "attempt": attempt})
+        self._append(_event("started", run, slot))
 
-    def spent(self, run: str, round_no: int, attempt: int, adapter: str) -> None:
+    def spent(self, run: str, slot: Slot, adapter: str) -> None:
         """Durable before M5: the update trained from this adapter counts as released."""
-        self._append({"event": "spent", "run": run, "round": round_no, "attempt": attempt, "adapter": adapter})
+        self._append(_event("spent", run, slot) | {"adapter": adapter})
 
-    def unmasked(self, run: str, round_no: int, attempt: int, transcript: str) -> None:
+    def unmasked(self, run: str, slot: Slot, transcript: str) -> None:
         """Durable before M9: the sum with this T3 may become known."""
-        self._append({"event": "unmasked", "run": run, "round": round_no, "attempt": attempt, "transcript": transcript})
+        self._append(_event("unmasked", run, slot) | {"transcript": transcript})
 
     def stated(self, kind: str, envelope: str) -> None:
         """Durable before it leaves: what this site signed, for its own evidence."""
@@ -94,9 +93,13 @@ class SiteJournal:
         if event["event"] == "stated":
             return
         run = str(event["run"])
-        self._begun.setdefault(run, set()).add((int(event["round"]), int(event["attempt"])))
+        self._begun.setdefault(run, set()).add((int(event["round"]), int(event["attempt"]), int(event.get("pass", 1))))
         if event["event"] == "spent":
             self._spent.add(str(event["adapter"]))
+
+
+def _event(name: str, run: str, slot: Slot) -> dict[str, str | int]:
+    return {"event": name, "run": run, "round": slot[0], "attempt": slot[1], "pass": slot[2]}
 
 
 def read_statements(path: Path) -> list[tuple[str, bytes]]:

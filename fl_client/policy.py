@@ -34,7 +34,8 @@ class SitePolicy(Terms):
     colluding: int = Field(1, ge=1, description="n_C: sites that may collude with the coordinator")
     required_walls: tuple[Wall, ...] = Field((), description="walls around the trainer without which nothing is trained: "
                                              "network, files, limits (docs/sandbox.md)")
-    rules: tuple[str, ...] = ("ffa", "fedit")
+    rules: tuple[str, ...] = Field(("ffa", "fedit", "rolora", "exact", "fedsb", "hetero"), description="the linear ones, "
+                                   "which need no single update")
     units: tuple[str, ...] = ("record", "person")
     allow_non_private: bool = False
     sign_off: bool = Field(False, description="true: the contract must name who signed off its purpose (DPO, ethics board)")

@@ -15,6 +15,7 @@ log = logging.getLogger("consilo.round")
 CODES = {"budget.exhausted": SiteCode.BUDGET, "budget.not_encumbered": SiteCode.BUDGET,
          "log.split_view": SiteCode.HISTORY, "ledger.rolled_back": SiteCode.HISTORY,
          "adapter.tensor": SiteCode.ADAPTER, "json.invalid": SiteCode.BAD_MESSAGE,
+         "rule.basis": SiteCode.BAD_MESSAGE, "rule.vector": SiteCode.BAD_MESSAGE,
          "config.invalid": SiteCode.BAD_MESSAGE, "config.unknown_key": SiteCode.BAD_MESSAGE}
 
 

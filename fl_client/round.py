@@ -1,8 +1,9 @@
 """The round as a site sees it, from top to bottom. The coordinator's side is fl_server/round.py.
 
-accept -> [update -> shares -> masked -> vote -> unmask -> witness] for each attempt -> closing. A handler gets a body
-and vectors and returns the same; it refuses with a `SiteCode` and nothing else. A byte-identical repetition of a stage's
-message gets the stored reply; nothing is ever computed twice.
+accept -> [update -> shares -> masked -> vote -> unmask -> witness] for each attempt -> closing. Under a rule of two
+passes a second sum follows the first: again -> shares -> masked -> vote -> unmask. A handler gets a body and vectors and
+returns the same; it refuses with a `SiteCode` and nothing else. A byte-identical repetition of a stage's message gets the
+stored reply; nothing is ever computed twice.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fl_client.exit import Charge, DpReleased, Outgoing, System
 from fl_client.journal import SiteJournal
 from fl_client.policy import SitePolicy
 from fl_client.replies import Replies
+from fl_client.sending import Sending
 from fl_client.statements import SiteStatements
 from fl_client.training import Trainer
 from fl_client.witness import Witness
@@ -35,7 +37,7 @@ from privacy.secagg.peers import CheckCertificate
 from privacy.secagg.plain import PlainSite
 from privacy.secagg.site import SiteSession
 from privacy.signing import Approval
-from strategies.adapter import adapter_digest, initial
+from strategies.adapter import Tensors, adapter_digest
 
 B = TypeVar("B", bound=Terms)
 A = TypeVar("A", stages.Ask, stages.Checkpoint)
@@ -53,12 +55,11 @@ class SiteRound:
         self.contract, self.site, self._trainer, self._policy = contract, site, trainer, policy
         self._signer, self._check_certificate = signer, check_certificate
         self._journal, self._ledger, self._approval, self._witness = journal, ledger, approval, witness
-        self._terms = contract.site(site)
-        self._index = [s.name for s in contract.sites].index(site)
-        start = initial(trainer.spec, contract.lora.seed)
-        self._frozen = {name: value for name, value in start.items() if name not in trainer.spec.trained}
+        self._sending = Sending(contract, site, trainer.spec)
         self._session: SiteSession | PlainSite | None = None
+        self._summed: SiteSession | PlainSite | None = None  # the first sum, where a second one follows
         self._encoded: Ring = NOTHING
+        self._new: Tensors = {}  # after training, until it is encoded for the last time
         self._begun = time.monotonic()
         self._replies = Replies(self._drop_round, self._record)
         self._statements = SiteStatements(contract, site, signer, ledger, journal.stated)
@@ -67,9 +68,9 @@ class SiteRound:
 
     def handlers(self) -> dict[str, Handler]:
         """By message type, for `build_app`."""
-        work = {"query.accept": self._accept, "train.update": self._update, "train.shares": self._shares,
-                "train.masked": self._masked, "train.vote": self._vote, "train.unmask": self._unmask,
-                "query.witness": self._cosign, "query.closing": self._closing}
+        work = {"query.accept": self._accept, "train.update": self._update, "train.again": self._again,
+                "train.shares": self._shares, "train.masked": self._masked, "train.vote": self._vote,
+                "train.unmask": self._unmask, "query.witness": self._cosign, "query.closing": self._closing}
         return {name: self._replies.once(name, handler) for name, handler in work.items()}
 
     def _accept(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
@@ -81,23 +82,38 @@ class SiteRound:
         """M0 and the adapter in, M1 out; in between the charge, the training and the encoding."""
         got = _load(tr.Offer, body)
         self._witness.require_trust()
-        if set(arrays) != {"adapter"}:
-            raise StageRefused(SiteCode.BAD_MESSAGE)
-        adapter = self._trainer.spec.unpack(arrays["adapter"])
-        if any((adapter[name] != value).any() for name, value in self._frozen.items()):
-            raise StageRefused(SiteCode.ADAPTER)
-        self._compare(got, adapter_digest(adapter))
-        if (got.round, got.attempt) <= self._journal.last(got.run):
+        round_ = self._sending.begin(got.round, _only("adapter", arrays))
+        self._compare(got, self._sending.offer(round_, got.attempt))
+        if got.slot <= self._journal.last(got.run):
             raise StageRefused(SiteCode.STALE_ROUND)
         if self._attempts() >= self.contract.privacy.rounds + self.contract.privacy.retries:
             raise StageRefused(SiteCode.BUDGET)
         if self._ledger is None and self._journal.spent_from(got.adapter):
             raise StageRefused(SiteCode.BUDGET)  # without noise, two sums of one update would give it away
         self._drop_round()
-        self._offer, session = got, self._open(got)
-        delta, self._charge = self._charged(got, lambda: self._trainer.train(adapter, got.round))
+        session = self._open(got)
+        change, self._charge = self._charged(got, lambda: self._trainer.train(round_.old, got.round))
+        self._round, self._new = round_, self._sending.trained(round_, change)
+        return self._begin(got, session, {})
+
+    def _again(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
+        """M0 of the second sum and what came of the first in, M1 out: the same update of the same sites, nothing new."""
+        got, first = _load(tr.Offer, body), self._summed
+        if first is None or (got.round, got.attempt) != (first.offer.round, first.offer.attempt):
+            raise StageRefused(SiteCode.STALE_ROUND)
+        shared = self._sending.shared(_only("shared", arrays))
+        second = tr.Second(first.sites, first.transcript.hex(), adapter_digest(shared))
+        self._compare(got, self._sending.offer(self._round, got.attempt, second))
+        self._summed = None
+        self._replies.forget("train.")
+        return self._begin(got, self._open(got), shared)
+
+    def _begin(self, offer: tr.Offer, session: SiteSession | PlainSite, shared: Tensors) -> Outgoing:
+        """M1. From here on the site is in that sum, or the sum is void."""
         m1, self._begun = session.m1(), time.monotonic()
-        self._session, self._encoded = session, got.encoding.encode(delta, self._terms.weight, consume=True)
+        encoded = self._sending.encode(offer, self._round, self._new, shared)
+        self._offer, self._session, self._encoded = offer, session, encoded
+        self._new = self._new if offer.pass_no < self._sending.passes else {}
         return Outgoing(System(m1))
 
     def _shares(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
@@ -116,8 +132,9 @@ class SiteRound:
         return Outgoing(System(self._live().m7(body)))
 
     def _unmask(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
-        m9 = self._live().m9(body)
-        self._session = None
+        session = self._live()
+        m9 = session.m9(body)
+        self._session, self._summed = None, session if self._offer.pass_no < self._sending.passes else None
         return Outgoing(System(m9))
 
     def _cosign(self, body: bytes, arrays: Mapping[str, Vector]) -> Outgoing:
@@ -142,10 +159,8 @@ class SiteRound:
         self._ledger.commit(seq, mechanism.steps)
         return delta, charge
 
-    def _compare(self, got: tr.Offer, adapter: str) -> None:
+    def _compare(self, got: tr.Offer, want: tr.Offer) -> None:
         """The offer must be the one that this site's own contract implies, field by field."""
-        want = tr.offer(self.contract, round_no=got.round, attempt=got.attempt, tensors=self._trainer.spec.sizes,
-                        adapter=adapter)
         if got.base_model != want.base_model:
             raise StageRefused(SiteCode.MODEL)
         if got.adapter != want.adapter:
@@ -155,9 +170,10 @@ class SiteRound:
             raise StageRefused(SiteCode.CONTRACT)
 
     def _open(self, offer: tr.Offer) -> SiteSession | PlainSite:
+        index = [m.name for m in offer.cohort].index(self.site)
         if not self.contract.secagg.enabled:
-            return PlainSite(offer, self._index, self._journal)
-        return SiteSession(offer, index=self._index, n_c=self._policy.colluding, signer=self._signer,
+            return PlainSite(offer, index, self._journal)
+        return SiteSession(offer, index=index, n_c=self._policy.colluding, signer=self._signer,
                            check_certificate=self._check_certificate, journal=self._journal)
 
     def _attempts(self) -> int:
@@ -175,7 +191,7 @@ class SiteRound:
         """Forget the attempt: its session, its update and its replies (those to queries stay)."""
         if self._session is not None:
             self._session.expire()
-        self._session, self._encoded = None, NOTHING
+        self._session, self._summed, self._encoded, self._new = None, None, NOTHING, {}
         self._replies.forget("train.")
 
     def _record(self, code: SiteCode) -> None:
@@ -195,6 +211,12 @@ class SiteRound:
         if asked.contract != self.contract.digest:
             raise StageRefused(SiteCode.CONTRACT)
         return asked
+
+
+def _only(name: str, arrays: Mapping[str, Vector]) -> Vector:
+    if set(arrays) != {name}:
+        raise StageRefused(SiteCode.BAD_MESSAGE)
+    return arrays[name]
 
 
 def _load(model: type[B], body: bytes) -> B:

@@ -41,9 +41,9 @@ class SiteStatements:
         subject = ("view", view.hex()) if view else ("masked", masked)
         return self._make("round-site", subject, {
             "lineage": self._ledger.lineage if self._ledger else "", "round": offer.round, "attempt": offer.attempt,
-            "adapter_in": offer.adapter, "view": view.hex(), "masked": masked, "q": decimal(m.q), "clip": decimal(m.clip),
-            "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl, "ledger_seq": head[0], "ledger_head": head[1],
-            "epsilon": epsilon})
+            "pass_no": offer.pass_no, "adapter_in": offer.adapter, "view": view.hex(), "masked": masked,
+            "q": decimal(m.q), "clip": decimal(m.clip), "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl,
+            "ledger_seq": head[0], "ledger_head": head[1], "epsilon": epsilon})
 
     def refusal(self, code: str) -> None:
         """State that this site said no to a round; the coordinator gets it when the run is closed."""

@@ -17,12 +17,11 @@ from privacy.engine import Engine, gradients
 from privacy.errors import Refused
 from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
-from strategies.base import setup
-from strategies.clip import clip_norm
+from strategies.base import ranks, widened
 from strategies.model import build
 from strategies.prox import local_step
 from strategies.records import load_records
-from strategies.rules import rule
+from strategies.rules import Rule, rule
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +34,9 @@ class Trainer(Protocol):
 
     spec: AdapterSpec
 
-    def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]: ...
+    def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
+        """The change of all that any round trains, float32 (spec.dim,), in the adapter's shapes; zero where this round
+        or this site's rank trains nothing."""
 
 
 class LocalTrainer:
@@ -52,11 +53,12 @@ class LocalTrainer:
             raise Refused("data.floor", "The site has fewer units than the contract's floor.",
                           "Take no part in this contract, or ask for a lower floor.")
         self._probe = len(records)
-        classifier = build(model, contract)
-        self._classifier = classifier
-        combine = rule(contract.rule.name, secure=contract.secagg.enabled)
-        self.spec = classifier.spec(combine.trains)
-        self._max_norm = setup(contract, self.spec).max_norm
+        self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
+        self._rank = ranks(self._rule, contract)[[s.name for s in contract.sites].index(site)]
+        classifier = build(model, contract, self._rank)
+        self._classifier, own = classifier, classifier.spec(self._rule.trains)
+        self.spec = AdapterSpec(widened(own.shapes, contract.lora.r), own.trained)
+        self._own, self._places = own, _places(self._rule, self.spec, own, self._rank)
         batch = classifier.encode([*records.texts, PROBE])
         labels, valid = _as_tensors(np.append(records.labels, 0), np.append(records.valid, True))
 
@@ -67,7 +69,7 @@ class LocalTrainer:
             each = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
             return each * valid[rows]  # an invalid record has a zero gradient
 
-        trained = {n: p for n, p in classifier.parameters.items() if n in self.spec.trained}
+        trained = {n: classifier.parameters[n] for n, _ in own.sizes}
         self._grads = gradients(engine, classifier.module, trained, losses)
 
     def probe(self) -> None:
@@ -75,16 +77,26 @@ class LocalTrainer:
         self._grads.check(self._probe)
 
     def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
-        """local_steps noisy SGD steps from `adapter`. Returns the change of the trained tensors, float32 (dim,), within
-        the contract's limit on its norm."""
+        """local_steps noisy SGD steps from `adapter`, on what the rule trains in that round."""
         mechanism, size = self._contract.mechanism(self._site, round_no), self._contract.privacy.physical_batch
-        tensors, total = dict(adapter), np.zeros(self.spec.dim, np.float32)
+        columns = np.flatnonzero(np.repeat([self._rule.trains(name, round_no) for name, _ in self._own.sizes],
+                                           [count for _, count in self._own.sizes]))
+        begun, moved = self._rule.own(adapter, self._rank), np.zeros(self._own.dim, np.float32)
         for _ in range(mechanism.steps):
-            self._classifier.load(tensors)
-            mean = noisy_mean(self._grads, self._population, mechanism, size)
-            total = local_step(total, mean, local_lr=self._local_lr, mu=self._contract.rule.mu)
-            tensors = self.spec.add(adapter, total)
-        return clip_norm({"update": total}, self._max_norm)["update"]
+            self._classifier.load(self._own.add(begun, moved))
+            mean = noisy_mean(self._grads, self._population, mechanism, size, columns)
+            moved[columns] = local_step(moved[columns], mean, local_lr=self._local_lr, mu=self._contract.rule.mu)
+        change = np.zeros(self.spec.dim, np.float32)
+        change[self._places] = moved
+        return change
+
+
+def _places(rule: Rule, whole: AdapterSpec, own: AdapterSpec, rank: int) -> NDArray[np.int64]:
+    """Where each of a site's own trained values, int64 (own.dim,), is in the whole adapter's trained vector."""
+    names, sizes = zip(*whole.sizes, strict=True)
+    numbers = np.split(np.arange(whole.dim), np.cumsum(sizes)[:-1])
+    mine = rule.own({n: v.reshape(dict(whole.shapes)[n]) for n, v in zip(names, numbers, strict=True)}, rank)  # type: ignore[misc]
+    return np.concatenate([mine[name].ravel() for name, _ in own.sizes]).astype(np.int64)
 
 
 def _as_tensors(labels: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:

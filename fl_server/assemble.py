@@ -9,10 +9,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate
 
 from conf.settings import Settings
+from fl_server.attempt import Deadlines
 from fl_server.evaluation import PublicSplit
 from fl_server.exchange import Exchange
 from fl_server.log import TransparencyLog
-from fl_server.round import Deadlines
 from fl_server.run import Progress, Run
 from privacy.bundle import BundleWriter
 from privacy.ca import RosterEntry

@@ -24,6 +24,7 @@ from privacy.mechanism import default_delta
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort, least_survivors, least_threshold
 from privacy.signing import code_digest
+from strategies.base import ranks
 from strategies.model import folder_digests
 from strategies.optimizers import optimizer
 from strategies.records import public_labels
@@ -42,7 +43,7 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
     if missing := [n for n in names if n not in signers]:
         raise UsageError("contract.no_certificate", f"The roster has no certificate for {', '.join(missing)}.",
                          "Issue certificates with fl-ca, and make a new roster.")
-    rule(settings.rule.name, secure=settings.secure_aggregation.enabled)
+    combine = rule(settings.rule.name, secure=settings.secure_aggregation.enabled)
     optimizer(settings.rule.optimizer)
     model, digests = settings.model, folder_digests(Path(settings.model.path))
     contract = Contract(
@@ -54,6 +55,7 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
         lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,
         privacy=_privacy(settings), secagg=_secagg(settings, len(names)),
         sites=tuple(_site(settings, name, signers[name]) for name in names))
+    ranks(combine, contract)
     sites = tuple(s.model_copy(update={"sigma": _sigma(settings, contract, s)}) for s in contract.sites)
     return validate(Contract, contract.model_copy(update={"sites": sites}).model_dump(mode="json"))
 

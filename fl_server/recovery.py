@@ -7,6 +7,7 @@ has one counts, whatever the journal says. Nothing is decided from memory, so a 
 from __future__ import annotations
 
 from base64 import b64decode
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,16 +24,16 @@ from privacy.errors import CheckFailed, Refused
 from privacy.files import FileLayer
 from strategies.adapter import AdapterSpec, Tensors, adapter_digest, initial
 
-STATE, MOMENTUM = "state.safetensors", "optimizer"
+STATE, ADAPTER, OPTIMIZER = "state.safetensors", "adapter/", "optimizer/"
 
 
 @dataclass
 class Position:
-    """Where a run stands. done: rounds; attempt: the next one of the next round; state: the server optimiser's,
-    float32 (dim,); scores: by round, of those that were evaluated; lineages: by site, none before all have accepted."""
+    """Where a run stands. done: rounds; attempt: the next one of the next round; state: the server optimiser's
+    by tensor, float32; scores: by round, of those that were evaluated; lineages: by site, none before all have accepted."""
 
     adapter: Tensors
-    state: NDArray[np.float32]
+    state: Mapping[str, NDArray[np.float32]]
     done: int = 0
     attempt: int = 0
     voids: int = 0
@@ -42,17 +43,18 @@ class Position:
     stated: list[dict[str, Any]] = field(default_factory=list)  # on attempts, in order
 
 
-def save_state(folder: Path, adapter: Tensors, state: NDArray[np.float32]) -> None:
+def save_state(folder: Path, adapter: Tensors, state: Tensors) -> None:
     """All that the next round starts from, durably, in the folder of the round that is over."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"adapter/{name}": np.ascontiguousarray(value) for name, value in adapter.items()}
-    FileLayer().write_atomic(folder / STATE, save({**tensors, MOMENTUM: state}))
+    tensors = {f"{part}{name}": np.ascontiguousarray(value) for part, values in ((ADAPTER, adapter), (OPTIMIZER, state))
+               for name, value in values.items()}
+    FileLayer().write_atomic(folder / STATE, save(tensors))
 
 
 def recover(contract: Contract, spec: AdapterSpec, folder: Path, events: list[dict[str, Any]],
             bundle: BundleWriter) -> Position:
     """events: of the journal, [] for a new run. Raises Refused `run.ended`, `run.other`; CheckFailed `run.state`."""
-    start = Position(initial(spec, contract.lora.seed), np.zeros(spec.dim, np.float32))
+    start = Position(initial(spec, contract.lora.seed), {})
     if not events:
         return start
     if events[0].get("run") != contract.run:
@@ -73,12 +75,12 @@ def recover(contract: Contract, spec: AdapterSpec, folder: Path, events: list[di
     return at
 
 
-def _load_state(path: Path, spec: AdapterSpec, digest: str) -> tuple[Tensors, NDArray[np.float32]]:
+def _load_state(path: Path, spec: AdapterSpec, digest: str) -> tuple[Tensors, Tensors]:
     try:
         tensors = load_file(path)
-        state = tensors.pop(MOMENTUM)
-        adapter = spec.check({name.removeprefix("adapter/"): value for name, value in tensors.items()})
-        if adapter_digest(adapter) != digest or state.shape != (spec.dim,) or state.dtype != np.float32:
+        adapter = spec.check({n.removeprefix(ADAPTER): v for n, v in tensors.items() if n.startswith(ADAPTER)})
+        state = {n.removeprefix(OPTIMIZER): v for n, v in tensors.items() if n.startswith(OPTIMIZER)}
+        if adapter_digest(adapter) != digest or any(v.dtype != np.float32 for v in state.values()):
             raise ValueError
     except (OSError, ValueError, KeyError, Refused) as e:
         raise CheckFailed("run.state", "The last round's adapter isn't the one that was stated, or can't be read.",

@@ -16,13 +16,14 @@ from typing import Any
 
 from cryptography.x509 import Certificate
 
+from fl_server.attempt import Deadlines, Done, statement, void
 from fl_server.evaluation import PublicSplit, Score
 from fl_server.exchange import Exchange, Note
 from fl_server.journal import RunJournal, read_events
 from fl_server.log import TransparencyLog
 from fl_server.model_card import write_card
 from fl_server.recovery import Position, recover, save_state
-from fl_server.round import Deadlines, Mean, RoundDriver, statement, void
+from fl_server.round import RoundDriver
 from fl_server.witnessing import Stated, Witnessing
 from privacy import stages
 from privacy.bundle import BundleWriter
@@ -35,8 +36,9 @@ from privacy.predicates import KINDS, Acceptance, Closing, Refusal
 from privacy.secagg.peers import CheckCertificate
 from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
+from strategies.base import Round
 from strategies.model import TextClassifier
-from strategies.optimizers import optimizer
+from strategies.optimizers import stepped
 from strategies.rules import rule
 
 INTERRUPTED = "run.interrupted"  # reason of an attempt that was under way when the coordinator was killed
@@ -68,7 +70,8 @@ class Run:
         self._exchange, self._signer, self._bundle, self._folder = exchange, signer, bundle, folder
         self._deadlines, self._certificates, self._progress = deadlines, certificates, progress
         self._evaluate_every, self._name = evaluate_every, name
-        self._spec = model.spec(rule(contract.rule.name, secure=contract.secagg.enabled).trains)
+        self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
+        self._spec = model.spec(self._rule.trains)
         self._driver = RoundDriver(contract, self._spec, exchange, deadlines=deadlines,
                                    check_certificate=check_certificate, certificates=certificates)
         self._witnessing = Witnessing(log, bundle, exchange, contract, signer=signer, certificates=certificates,
@@ -92,10 +95,10 @@ class Run:
             if at.done:
                 after = at.scores[max(at.scores)]
             for round_no in range(at.done + 1, last + 1):
-                mean = self._attempts(round_no, at)
-                change, at.state = optimizer(self.contract.rule.optimizer)(self.contract.rule, mean.delta, at.state)
-                old, at.adapter = at.adapter, self._spec.add(at.adapter, change)
-                self._save(round_no, old, at, mean)
+                done, old = self._attempts(round_no, at), at.adapter
+                change, at.state = stepped(self.contract.rule, done.change, at.state)
+                at.adapter = self._spec.check(self._rule.apply(Round(self._driver.setup, round_no, old), change))
+                self._save(round_no, old, at, done)
                 at.done, at.attempt = round_no, 0
                 measured = round_no == last or round_no % self._evaluate_every == 0
                 after = self._score(round_no, at.adapter, at) if measured else after
@@ -156,7 +159,7 @@ class Run:
             self._witnessing.accepted(name, said.lineage)
             self._keep("acceptance", name, envelope)
 
-    def _attempts(self, round_no: int, at: Position) -> Mean:
+    def _attempts(self, round_no: int, at: Position) -> Done:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
         while at.voids <= self.contract.privacy.retries:
             self._journal.write("round", round=round_no, attempt=at.attempt)
@@ -183,27 +186,27 @@ class Run:
     def _lost(self) -> list[str]:
         return [f"{x.site} {x.stage} {x.code}" for x in self._driver.lost]
 
-    def _save(self, round_no: int, old: Tensors, at: Position, mean: Mean) -> None:
+    def _save(self, round_no: int, old: Tensors, at: Position, done: Done) -> None:
         """What the next round starts from is on disk first, then the statement: from there on the round counts."""
         folder, new = self._folder / "rounds" / f"{round_no:04d}", adapter_digest(at.adapter)
         self._timed("saving", lambda: self._model.save(folder, at.adapter, self._base_name))
         save_state(folder, at.adapter, at.state)
-        self._state_round(round_no, mean.attempt, adapter_digest(old), new, mean)
-        self._journal.write("done", round=round_no, attempt=mean.attempt, adapter=new, folder=folder.name,
-                            sites=list(mean.sites), lost=self._lost())
+        self._state_round(round_no, done.attempt, adapter_digest(old), new, done)
+        self._journal.write("done", round=round_no, attempt=done.attempt, adapter=new, folder=folder.name,
+                            sites=list(done.sites), lost=self._lost())
         shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
 
-    def _state_round(self, round_no: int, attempt: int, old: str, new: str = "", mean: Mean | None = None, *,
+    def _state_round(self, round_no: int, attempt: int, old: str, new: str = "", done: Done | None = None, *,
                      outcome: str = "done", reason: str = "") -> None:
         """The attempt with what its sites signed: those of a void one, or outside the sum, were charged all the same."""
-        for name, envelope in sorted(self._driver.statements.items()):
+        for name, envelope in sorted(self._driver.statements):
             self._keep("round-site", name, envelope)
         self._state("round", ("adapter", new or old), {
             "round": round_no, "attempt": attempt, "outcome": outcome, "reason": reason, "adapter_in": old,
-            "adapter_out": new, "sites": list(mean.sites) if mean else [], "view": mean.view if mean else "",
-            "transcript": mean.transcript if mean else "",
-            "votes": [{"site": name, "signature": base64.b64encode(vote).decode()}
-                      for name, vote in (mean.votes if mean else {}).items()],
+            "adapter_out": new, "sites": list(done.sites) if done else [],
+            "sums": [{"view": one.view, "transcript": one.transcript,
+                      "votes": [{"site": name, "signature": base64.b64encode(vote).decode()}
+                                for name, vote in one.votes.items()]} for one in (done.sums if done else ())],
             "dropped": [asdict(lost) for lost in self._driver.lost]})
 
     def _release(self, adapter: Tensors, rounds: int, before: Score, after: Score) -> None:

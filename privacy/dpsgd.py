@@ -101,8 +101,11 @@ class ClippedGradients(ABC):
         with torch.enable_grad():
             return torch.autograd.grad(self._one_each(record).sum(), list(self.parameters.values()), allow_unused=True)
 
-    def clipped(self, draw: Draw, clip: float, physical_batch: int) -> Iterator[NDArray[np.int64]]:
+    def clipped(self, draw: Draw, clip: float, physical_batch: int,
+                columns: NDArray[np.int64] | slice = slice(None)) -> Iterator[NDArray[np.int64]]:
         """Each item's gradient (the mean over its records) clipped to `clip`, on the lattice: int64 (some, dim) at a time.
+
+        columns: of the flat gradient, those that are released; the others count for nothing, in the norm either.
 
         An item is never split: a physical batch holds physical_batch // draws of them, at least one. A record whose
         gradient isn't finite contributes zero to its item's mean; the number of records that it is a mean of stays.
@@ -112,7 +115,7 @@ class ClippedGradients(ABC):
         block = max(1, BLOCK // (self.dim * slots))
         for start in range(0, len(draw), size):
             rows, count = draw.rows[start:start + size], draw.count[start:start + size]
-            each = self._rows(rows.ravel(), size * slots).reshape(len(rows), slots, self.dim)
+            each = self._rows(rows.ravel(), size * slots).reshape(len(rows), slots, self.dim)[..., columns]
             for i in range(0, len(rows), block):
                 yield _on_lattice(each[i:i + block], count[i:i + block], clip)
 
@@ -191,16 +194,19 @@ class PerSampleGradients(ClippedGradients):
         self._module.forbid_grad_accumulation()
 
 
-def noisy_mean(grads: ClippedGradients, population: Population, mechanism: DpMechanism,
-               physical_batch: int) -> NDArray[np.float64]:
-    """One release: Poisson sample, clipped lattice sum, noise, divided by the public q * n_decl. Shape (dim,).
+def noisy_mean(grads: ClippedGradients, population: Population, mechanism: DpMechanism, physical_batch: int,
+               columns: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """One release: Poisson sample, clipped lattice sum, noise, divided by the public q * n_decl. Shape (dim,), or that of
+    columns: int64, those of the flat gradient that are meant.
 
     An empty sample is a noise-only step with the same denominator.
     """
-    total = np.zeros(grads.dim, np.int64)
-    for part in grads.clipped(population.draw(mechanism.q), mechanism.clip, physical_batch):
+    dim = grads.dim if columns is None else len(columns)
+    total = np.zeros(dim, np.int64)
+    for part in grads.clipped(population.draw(mechanism.q), mechanism.clip, physical_batch,
+                              slice(None) if columns is None else columns):
         total += part.sum(axis=0)
-    total += lattice_noise(grads.dim, sigma=mechanism.sigma, clip=mechanism.clip)
+    total += lattice_noise(dim, sigma=mechanism.sigma, clip=mechanism.clip)
     return np.asarray(total * (pitch(mechanism.clip) / mechanism.denominator), np.float64)
 
 

@@ -21,10 +21,11 @@ Run = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 Code = Annotated[str, Field(pattern=r"^[a-z0-9_.]*$", max_length=64)]
 Metric = Annotated[str, Field(pattern=r"^[a-z0-9_]{1,40}$")]
-Stage = Literal["update", "shares", "masked", "vote", "unmask"]
+Stage = Literal["update", "again", "shares", "masked", "vote", "unmask"]
 Person = Annotated[str, Field(min_length=1, max_length=200, pattern=r"\S")]
 Moment = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00$"), AfterValidator(_exists)]
-BEFORE_SUM: tuple[Stage, ...] = ("update", "shares", "masked")  # a site that falls out here is not in the sum
+Pass = Annotated[int, Field(ge=1, le=2)]  # of the secure sums of one attempt
+BEFORE_SUM: tuple[Stage, ...] = ("update", "again", "shares", "masked")  # a site that falls out here is not in the sum
 
 
 class Strict(BaseModel):
@@ -65,6 +66,7 @@ class RoundSite(Predicate):
     lineage: Run | Literal[""]
     round: int = Field(ge=1, lt=2**31)
     attempt: Count
+    pass_no: Pass
     adapter_in: Sha256
     view: Sha256 | Literal[""] = Field(description="T2, or '' without secure aggregation")
     masked: Sha256 = Field(description="SHA-256 of the vector that left")
@@ -83,10 +85,19 @@ class Vote(Strict):
     signature: str = Field(pattern=r"^[A-Za-z0-9+/]{85}[AQgw]==$", description="base64 of s7: Ed25519 over T3 and the index")
 
 
+class SecureSum(Strict):
+    """One sum of an attempt: what its sites saw and voted for. Without secure aggregation all is empty."""
+
+    view: Sha256 | Literal[""]
+    transcript: Sha256 | Literal[""] = Field(description="T3")
+    votes: list[Vote] = Field(max_length=100)
+
+
 class Dropout(Strict):
     """A site that did not answer properly at a stage, and why."""
 
     site: Name
+    pass_no: Pass
     stage: Stage
     code: Code
 
@@ -99,10 +110,8 @@ class Round(Predicate):
     sites: list[Name] = Field(max_length=100, description="in the sum, in the contract's order")
     adapter_in: Sha256
     adapter_out: Sha256 | Literal[""]
-    view: Sha256 | Literal[""]
-    transcript: Sha256 | Literal[""] = Field(description="T3")
-    votes: list[Vote] = Field(max_length=100)
-    dropped: list[Dropout] = Field(max_length=200)
+    sums: list[SecureSum] = Field(max_length=2, description="in order, all over `sites`; none of a void attempt")
+    dropped: list[Dropout] = Field(max_length=400)
 
 
 class Closing(Predicate):
@@ -168,8 +177,8 @@ class Kind:
 KINDS = {kind.name: kind for kind in (
     Kind("contract", "urn:consilo:contract:1", "engineer", ContractSignature),
     Kind("acceptance", "urn:consilo:acceptance:2", "site", Acceptance),
-    Kind("round-site", "urn:consilo:round-site:3", "site", RoundSite),
-    Kind("round", "urn:consilo:round:2", "coordinator", Round),
+    Kind("round-site", "urn:consilo:round-site:4", "site", RoundSite),
+    Kind("round", "urn:consilo:round:3", "coordinator", Round),
     Kind("evaluation", "urn:consilo:evaluation:1", "coordinator", Evaluation),
     Kind("closing", "urn:consilo:closing:1", "site", Closing),
     Kind("refusal", "urn:consilo:refusal:1", "site", Refusal),

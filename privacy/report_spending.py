@@ -14,7 +14,7 @@ from typing import Any
 
 from privacy.accountant import Release, decimal_up, delta_at, epsilon
 from privacy.contract import Contract
-from privacy.predicates import Acceptance, Round, RoundSite
+from privacy.predicates import Acceptance, Round
 from privacy.report_plots import MAX_EPSILON, Bar, Charge, sites_plot, spending_plot, trade_off, trade_off_plot
 from privacy.verify_run import ULP
 from privacy.verify_trust import Facts
@@ -70,7 +70,7 @@ def _own(facts: Facts, agreed: Contract, site: str) -> list[Release]:
     """What the site released in this run: every reserve, or for want of a ledger every attempt that it signed."""
     if site in facts.ledgers:
         return [r.release for r in facts.ledgers[site].reserves if r.run == agreed.run]
-    used = [agreed.mechanism(site, s.round) for s in facts.said(RoundSite) if s.site == site]
+    used = [agreed.mechanism(site, s.round) for s in facts.trained(site)]
     return [Release(m.q, m.sigma, m.steps, m.group) for m in used]
 
 
@@ -84,9 +84,8 @@ def _charges(facts: Facts, agreed: Contract) -> dict[str, list[Charge]]:
     done = {(r.round, r.attempt) for r in facts.said(Round) if r.outcome == "done"}
     found: dict[str, list[Charge]] = {}
     for site in (s.name for s in agreed.sites if s.name in facts.spending):
-        said = [s for s in facts.said(RoundSite) if s.site == site]
         ledger = facts.ledgers.get(site)
-        claims = said if ledger is None else [r for r in ledger.reserves if r.run == agreed.run]
+        claims = facts.trained(site) if ledger is None else [r for r in ledger.reserves if r.run == agreed.run]
         found[site if ledger else f"{site} (no ledger)"] = [
             Charge(float(c.epsilon), (c.round, c.attempt) in done) for c in claims]
     return found

@@ -53,7 +53,7 @@ class Masked(Terms):
     """Answer to `masked`: M5 and the site's statement on the attempt; the masked vector travels beside it."""
 
     m5: str = Field(max_length=65_536)
-    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:3")
+    statement: str = Field(max_length=65_536, description="envelope of urn:consilo:round-site:4")
 
 
 class Closed(Terms):

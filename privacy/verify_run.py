@@ -18,17 +18,19 @@ from privacy.verify_contract import NON_PRIVATE, VISIBLE
 from privacy.verify_trust import Facts, Findings, Spending
 
 MAX_PREFIXES = 64  # reserves of a site whose claim is recomputed; between them claims can only grow
+Signed = dict[tuple[str, int], RoundSite]  # of one attempt, by site and pass
 ULP = 1e-4  # claims are rounded up at 4 decimals; two machines' FFTs may fall on either side of one
 
 
 def rounds(facts: Facts, found: Findings) -> str:
     agreed = facts.agreed()
     attempts = facts.said(Round)
-    signed: dict[tuple[int, int], dict[str, RoundSite]] = {}
+    signed: dict[tuple[int, int], Signed] = {}
     for s in facts.said(RoundSite):
         at = signed.setdefault((s.round, s.attempt), {})
-        found.expect(s.site not in at, f"round {s.round}, attempt {s.attempt}: {s.site} signed twice")
-        at[s.site] = s
+        found.expect((s.site, s.pass_no) not in at,
+                     f"round {s.round}, attempt {s.attempt}: {s.site} signed twice for pass {s.pass_no}")
+        at[s.site, s.pass_no] = s
         _mechanism(agreed, s, found)
     _order(attempts, found)
     adapter = attempts[0].adapter_in if attempts else ""
@@ -41,11 +43,11 @@ def rounds(facts: Facts, found: Findings) -> str:
         _attempt(agreed, r, sites, where, found)
         if r.outcome == "done":
             _sum(agreed, r, sites, where, found)
-            if agreed.secagg.enabled:
-                _votes(facts, agreed, r, sites, where, found)
+            for pass_no in range(1, len(r.sums) + 1 if agreed.secagg.enabled else 1):
+                _votes(facts, agreed, r, pass_no, sites, f"{where}, pass {pass_no}", found)
             adapter = r.adapter_out
         else:
-            found.expect(not (r.adapter_out or r.sites or r.transcript or r.votes) and bool(r.reason),
+            found.expect(not (r.adapter_out or r.sites or r.sums) and bool(r.reason),
                          f"{where} is void, yet names a result, or no reason")
     found.expect(not signed, "sites signed an attempt that the coordinator doesn't account for")
     sums = [len(r.sites) for r in attempts if r.outcome == "done"]
@@ -67,29 +69,38 @@ def _order(attempts: list[Round], found: Findings) -> None:
         expected = (r.round + 1, 0) if r.outcome == "done" else (r.round, r.attempt + 1)
 
 
-def _attempt(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
-    """Done or void: all who signed saw the same cohort and keys, and who dropped out is named in a way that can be."""
+def _attempt(agreed: Contract, r: Round, sites: Signed, where: str, found: Findings) -> None:
+    """Done or void: in each pass all who signed saw the same cohort and keys, and who dropped out is named in a way that
+    can be."""
     if agreed.secagg.enabled:
-        view = r.view or next((s.view for s in sites.values()), "")
-        for s in sites.values():
-            found.expect(bool(s.view) and s.view == view, f"{where}: {s.site} signed another view than the others, or none")
+        views = {i: x.view for i, x in enumerate(r.sums, 1)}
+        for (_, pass_no), s in sites.items():
+            views.setdefault(pass_no, s.view)
+        for (name, pass_no), s in sites.items():
+            found.expect(bool(s.view) and s.view == views[pass_no],
+                         f"{where}: {name} signed another view than the others, or none")
+        found.expect(len(set(views.values())) == len(views), f"{where}: two passes have one view")
     else:
-        found.expect(not (r.view or r.transcript or r.votes or any(s.view for s in sites.values())),
+        found.expect(not any(x.view or x.transcript or x.votes for x in r.sums) and not any(s.view for s in sites.values()),
                      f"{where} names a view, a transcript or a vote, but secure aggregation was off")
-    dropped = {(d.site, d.stage) for d in r.dropped}
-    found.expect(len(dropped) == len(r.dropped) and {name for name, _ in dropped} <= {s.name for s in agreed.sites},
+    dropped = {(d.site, d.pass_no, d.stage) for d in r.dropped}
+    found.expect(len(dropped) == len(r.dropped) and {d.site for d in r.dropped} <= {s.name for s in agreed.sites},
                  f"{where}: a site that dropped out is unknown, or named twice at one stage")
 
 
-def _sum(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
+def _sum(agreed: Contract, r: Round, sites: Signed, where: str, found: Findings) -> None:
     """A done round: enough sites, each with a statement of its own; who isn't in the sum dropped out before it."""
     names, counted = [s.name for s in agreed.sites], set(r.sites)
     found.expect(bool(r.adapter_out) and not r.reason, f"{where} is done, yet has no result or a reason")
     found.expect(bool(counted) and r.sites == [name for name in names if name in counted],
                  f"{where} names a site twice, out of order, an unknown one, or none")
     found.expect(len(counted) >= agreed.secagg.survivors, f"{where} sums fewer sites than the contract allows")
+    found.expect(bool(r.sums), f"{where} is done, yet names no sum")
+    passes = range(1, len(r.sums) + 1)
+    found.expect({pass_no for _, pass_no in sites} <= set(passes), f"{where}: a site signed a pass that names no sum")
     for name in r.sites:
-        found.expect(name in sites, f"{where}: {name} is in the sum without a signed statement of its own")
+        found.expect(all((name, pass_no) in sites for pass_no in passes),
+                     f"{where}: {name} is in the sum without a signed statement of its own")
     early = {d.site for d in r.dropped if d.stage in BEFORE_SUM}
     late = {d.site for d in r.dropped if d.stage not in BEFORE_SUM}
     for name in names:
@@ -98,25 +109,28 @@ def _sum(agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, fo
                  f"{where}: a site in the sum dropped out before it, or one that isn't dropped out after it")
 
 
-def _votes(facts: Facts, agreed: Contract, r: Round, sites: dict[str, RoundSite], where: str, found: Findings) -> None:
-    """A done round's T3, recomputed from what each site signed by itself, is what enough of those in the sum voted for."""
-    index = {s.name: i for i, s in enumerate(agreed.sites)}
-    vectors = [(index[name], bytes.fromhex(sites[name].masked)) for name in r.sites if name in sites and name in index]
-    found.expect(bool(r.view) and tr.t3(bytes.fromhex(r.view), vectors).hex() == r.transcript,
+def _votes(facts: Facts, agreed: Contract, r: Round, pass_no: int, sites: Signed, where: str, found: Findings) -> None:
+    """T3 of a done round's sum, recomputed from what each site signed by itself, is what enough of those in the sum voted
+    for. The cohort of the second pass is the sites of the first sum."""
+    said, cohort = r.sums[pass_no - 1], [s.name for s in agreed.sites] if pass_no == 1 else r.sites
+    index = {name: i for i, name in enumerate(cohort)}
+    vectors = [(index[name], bytes.fromhex(sites[name, pass_no].masked)) for name in r.sites
+               if (name, pass_no) in sites and name in index]
+    found.expect(bool(said.view) and tr.t3(bytes.fromhex(said.view), vectors).hex() == said.transcript,
                  f"{where}: the transcript is not that of the vectors that its sites signed")
-    voters = {v.site for v in r.votes}
-    found.expect(len(voters) == len(r.votes) and voters <= set(r.sites),
+    voters = {v.site for v in said.votes}
+    found.expect(len(voters) == len(said.votes) and voters <= set(r.sites),
                  f"{where}: a vote is repeated, or of a site that isn't in the sum")
-    for vote in r.votes:
+    for vote in said.votes:
         try:
-            signed = tr.signed_m7(bytes.fromhex(r.transcript), index[vote.site])
+            signed = tr.signed_m7(bytes.fromhex(said.transcript), index[vote.site])
             verify_signature(facts.peers[vote.site].certificate, b64decode(vote.signature), signed)
         except (ConsiloError, KeyError):
             voters.discard(vote.site)
             found.append(f"{where}: a vote is not a site's signature on this sum")
     found.expect(len(voters) >= agreed.secagg.threshold, f"{where}: fewer sites voted for the sum than the threshold")
-    silent = {d.site for d in r.dropped if d.stage == "vote"}
-    found.expect(silent == set(r.sites) - {v.site for v in r.votes},
+    silent = {d.site for d in r.dropped if (d.pass_no, d.stage) == (pass_no, "vote")}
+    found.expect(silent == set(r.sites) - {v.site for v in said.votes},
                  f"{where}: those in the sum without a vote are not those that dropped out at the vote")
 
 
@@ -223,7 +237,7 @@ def epsilons(facts: Facts, found: Findings) -> str:
 
 def _unaccounted(facts: Facts, agreed: Contract, site: str, found: Findings) -> Spending:
     """A site that was lost for good: what it signed is what it spent at least, and its claims must not be below that."""
-    said = [s for s in facts.said(RoundSite) if s.site == site]
+    said = facts.trained(site)
     used = [agreed.mechanism(site, s.round) for s in said]
     alone = epsilon([Spent(m.q, m.sigma, m.steps, m.group) for m in used], agreed.site(site).delta)
     claimed = max(float(s.epsilon or 0) for s in said)

@@ -64,6 +64,10 @@ class Facts:
         """All verified predicates of one kind, in the order of their numbers."""
         return [e.predicate for e in self.events if isinstance(e.predicate, kind)]
 
+    def trained(self, site: str) -> list[RoundSite]:
+        """What a site signed, once for each attempt: the passes of one attempt are one training and one charge."""
+        return list({(s.round, s.attempt): s for s in self.said(RoundSite) if s.site == site}.values())
+
     def agreed(self) -> Contract:
         """The contract. Raises CheckFailed `verify.no_contract` unless rule 5 could read one."""
         if self.contract is None:

@@ -27,18 +27,18 @@ Hook = Callable[[str, int, bytes], bytes | None]  # (message, site, bytes) -> wh
 class MemoryJournal:
     """A site's journal that dies with the process; for simulations only."""
 
-    starts: list[tuple[str, int, int]] = field(default_factory=list)
-    spends: list[tuple[str, int, int, str]] = field(default_factory=list)
-    sums: list[tuple[str, int, int, str]] = field(default_factory=list)
+    starts: list[tuple[str, tr.Slot]] = field(default_factory=list)
+    spends: list[tuple[str, tr.Slot, str]] = field(default_factory=list)
+    sums: list[tuple[str, tr.Slot, str]] = field(default_factory=list)
 
-    def started(self, run: str, round_no: int, attempt: int) -> None:
-        self.starts.append((run, round_no, attempt))
+    def started(self, run: str, slot: tr.Slot) -> None:
+        self.starts.append((run, slot))
 
-    def spent(self, run: str, round_no: int, attempt: int, adapter: str) -> None:
-        self.spends.append((run, round_no, attempt, adapter))
+    def spent(self, run: str, slot: tr.Slot, adapter: str) -> None:
+        self.spends.append((run, slot, adapter))
 
-    def unmasked(self, run: str, round_no: int, attempt: int, transcript: str) -> None:
-        self.sums.append((run, round_no, attempt, transcript))
+    def unmasked(self, run: str, slot: tr.Slot, transcript: str) -> None:
+        self.sums.append((run, slot, transcript))
 
 
 class Consortium:

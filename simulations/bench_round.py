@@ -33,23 +33,26 @@ from fl_client.link_tls import coordinator_check
 from fl_client.policy import SitePolicy, accept
 from fl_client.round import SiteRound
 from fl_client.witness import Witness
+from fl_server.attempt import Deadlines
 from fl_server.exchange import Exchange
 from fl_server.fleet import FleetServer
-from fl_server.round import Deadlines, RoundDriver
+from fl_server.round import RoundDriver
 from privacy import __version__, ca
 from privacy.canonical import canonical, parse
 from privacy.contract import Contract, load_contract
 from privacy.errors import Unreachable
 from privacy.files import FileLayer, read_file
 from privacy.identity import FileSigner, Role, TrustStore, create_request
-from privacy.secagg import transcript as tr
+from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import certificate_check
+from privacy.secagg.transcript import least_threshold
 from privacy.signing import code_digest
 from simulations.bench import environment
 from simulations.bench_flower import Stock
 from strategies.adapter import AdapterSpec, Tensors, initial
 
 COORDINATOR, MODES = "coordinator", ("masked", "plain")
+UPDATE = "update"  # the one tensor
 HOSTS = ["localhost", "127.0.0.1"]  # Flower's own processes use the address
 RANGE = 1.0  # C; updates are uniform in it
 GOAL_S = 2.0
@@ -109,19 +112,22 @@ def _measure(drivers: Mapping[str, RoundDriver], spec: AdapterSpec, rounds: int,
     for round_no in range(1, rounds + 2):
         for mode, driver in drivers.items():
             cpu_start, start = _cpu_s(pids), time.perf_counter()
-            mean = driver.attempt(round_no, 0, adapter)
+            mean = driver.attempt(round_no, 0, adapter).change[UPDATE]
             seconds, cpu_end = time.perf_counter() - start, _cpu_s(pids)
             if round_no > 1:
                 wall[mode].append(seconds)
                 if cpu_start is not None and cpu_end is not None:
                     cpu[mode].append(cpu_end - cpu_start)
-            adapter = spec.add(adapter, mean.delta)  # a site sends one update from an adapter
+            old, adapter = adapter[UPDATE], spec.add(adapter, mean)  # a site sends one update from an adapter
             cohort = driver.contract.sites
             truth = np.mean([Drawn(i, spec.dim).train(adapter, round_no) for i in range(len(cohort))], 0, np.float64)
-            errors.append(float(np.abs(mean.delta - truth).max()))
-            offer = tr.offer(driver.contract, round_no=round_no, attempt=0, tensors=spec.sizes, adapter="0" * 64)
-            bound = max(bound, offer.encoding.error_bound([site.weight for site in cohort])[0]
-                        + float(np.spacing(np.abs(mean.delta).max())) / 2)  # float32 mean
+            errors.append(float(np.abs(mean - truth).max()))
+            terms = driver.contract.secagg
+            encoding = Encoding(bits=terms.bits, ring=terms.ring, cohort=len(cohort),
+                                ranges=((spec.dim, driver.setup.bound(UPDATE)),))
+            bound = max(bound, encoding.error_bound([site.weight for site in cohort])[0]
+                        + float(np.spacing(np.abs(mean).max())) / 2  # float32 mean
+                        + float(np.spacing(np.abs(old).max() + 1)))  # a site adds, and subtracts the old again
     overhead = median(wall["masked"])
     return {"overhead_s": overhead, "overhead_cpu_s": median(cpu["masked"]) if cpu["masked"] else None,
             "plain_s": median(wall["plain"]), "plain_cpu_s": median(cpu["plain"]) if cpu["plain"] else None,
@@ -236,9 +242,9 @@ def _contracts(folder: Path, signers: Mapping[str, str], rounds: int) -> dict[st
         contracts[mode] = load_contract(canonical({
             "run": f"{index:032x}", "purpose": "benchmark", "code_version": __version__, "code": code_digest(),
             "expires": "2099-01-01T00:00:00Z", "model": {"weights": "0" * 64, "tokenizer": "0" * 64},
-            "data": {"name": "none", "labels": ["a", "b"]}, "lora": {}, "rule": {},
+            "data": {"name": "none", "labels": ["a", "b"]}, "lora": {}, "rule": {"max_norm": 1e9},
             "privacy": {"trust": "none", "epsilon": None, "rounds": rounds, "retries": 0},
-            "secagg": {"enabled": mode == "masked", "threshold": tr.least_threshold(len(signers), 1),
+            "secagg": {"enabled": mode == "masked", "threshold": least_threshold(len(signers), 1),
                        "survivors": len(signers), "range": RANGE},
             "sites": [{"name": name, "signer": signer, "n_decl": 100, "delta": 1e-5, "sigma": 0.0}
                       for name, signer in signers.items()]}))
@@ -254,7 +260,7 @@ def _roots(trust: Path) -> Path:
 
 
 def _spec(dim: int) -> AdapterSpec:
-    return AdapterSpec((("update", (dim,)),), frozenset({"update"}))
+    return AdapterSpec(((UPDATE, (dim,)),), frozenset({UPDATE}))
 
 
 def _cpu_s(pids: Sequence[int]) -> float | None:

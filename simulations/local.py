@@ -36,6 +36,7 @@ from privacy.secagg.peers import certificate_check
 from privacy.signing import sign_contract
 from simulations.inprocess import InProcessGrid
 from strategies.records import count_items
+from strategies.rules import RULES
 
 ENGINEER = "engineer"
 Tap = Callable[[Any, Any], None]
@@ -137,7 +138,8 @@ def _permissive(settings: Settings) -> SitePolicy:
     """In a simulation the one who runs it owns all the data."""
     p = settings.privacy
     return SitePolicy(approver="simulation", max_epsilon=p.epsilon or 8.0, max_delta=0.1, min_sigma=0.0, min_cohort=1,
-                      colluding=settings.secure_aggregation.colluding, allow_non_private=True, reveal_update=True)
+                      colluding=settings.secure_aggregation.colluding, allow_non_private=True, reveal_update=True,
+                      rules=tuple(RULES))
 
 
 def _consortium(folder: Path, settings: Settings) -> Path:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from privacy.contract import Contract, TensorRange
-from privacy.errors import Refused, UsageError
+from privacy.errors import Refused, UsageError, nearest
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.clip import clip_norm, honest_norm
 
@@ -89,8 +89,7 @@ class Rule(ABC):
 
     name: as in a contract. linear: the weighted mean of what sites send is enough, so a secure sum serves; then `instead`
     is empty, otherwise it names the linear rule to use. exact: the new adapter is the mean of the sites' models, not just
-    of their factors. weighted: a site counts by its weight. in_rounds: fl_client and fl_server
-    know how to run it.
+    of their factors. weighted: a site counts by its weight. ranked: sites' ranks may differ.
     """
 
     name: ClassVar[str]
@@ -98,7 +97,7 @@ class Rule(ABC):
     exact: ClassVar[bool] = True
     weighted: ClassVar[bool] = True
     instead: ClassVar[str] = ""
-    in_rounds: ClassVar[bool] = False
+    ranked: ClassVar[bool] = False
 
     def tensors(self, shapes: Shapes) -> Shapes:
         """Of the adapter, given PEFT's and the head's: a rule may add its own. In canonical order."""
@@ -117,12 +116,12 @@ class Rule(ABC):
         return tuple((name, shape) for name, shape in round_.setup.spec.shapes if self.trains(name, round_.no))
 
     def passes(self, setup: Setup) -> int:
-        """Secure sums of a round, 1 or 2: stages of ONE session with one set of survivors."""
+        """Secure sums of a round, 1 or 2: the second over exactly the sites of the first."""
         return 1
 
-    def start(self, round_: Round, rank: int) -> Tensors:
-        """Where a site with LoRA of that rank starts its training from."""
-        return round_.old
+    def own(self, tensors: Tensors, rank: int) -> Tensors:
+        """Of an adapter, what a site with LoRA of that rank has: it starts its training from there."""
+        return tensors
 
     def plan(self, round_: Round, pass_no: int) -> tuple[Part, ...]:
         """What each site sends in that pass (from 1 on), in order. Depends on setup and round number, not on values."""
@@ -137,8 +136,12 @@ class Rule(ABC):
         return clip_norm({n: new[n] - round_.old[n] for n, _ in self.trained(round_)}, round_.setup.max_norm)
 
     def between(self, round_: Round, means: Tensors) -> Named:
-        """What the coordinator broadcasts after pass 1, given its weighted means."""
+        """What the coordinator broadcasts after pass 1, given its weighted means: the tensors of `shares`."""
         return {}
+
+    def shares(self, setup: Setup) -> Shapes:
+        """Names and shapes of what `between` broadcasts, in canonical order."""
+        return ()
 
     def space(self, round_: Round) -> Shapes:
         """Names and shapes of `change`: where the server optimiser works. A name has one shape in all rounds."""
@@ -168,19 +171,47 @@ def adapter_spec(rule: Rule, shapes: Shapes) -> AdapterSpec:
     return AdapterSpec(every := rule.tensors(shapes), frozenset(name for name, _ in every if rule.trains(name)))
 
 
-def setup(contract: Contract, spec: AdapterSpec) -> Setup:
-    """What the contract implies. Raises UsageError `rule.rank`; also as `Contract.mechanism`."""
-    terms, ranks = contract.rule, {own.site: own.r for own in contract.rule.ranks}
-    names = [s.name for s in contract.sites]
-    for name, r in ranks.items():
+def ranks(rule: Rule, contract: Contract) -> tuple[int, ...]:
+    """Of the sites' LoRA, in the contract's order. Raises UsageError `rule.rank`."""
+    names, given = [s.name for s in contract.sites], {own.site: own.r for own in contract.rule.ranks}
+    for name, r in given.items():
         if name not in names or r > contract.lora.r:
             raise UsageError("rule.rank", f"Rank {r} of {name!r} is none of a site, or above lora.r = {contract.lora.r}.",
                              "Set lora.r to the largest rank, and rule.ranks for sites that have less.")
+    if given and not rule.ranked:
+        raise UsageError("rule.rank", f"Under rule {rule.name!r} all sites have the rank lora.r.",
+                         "Leave rule.ranks empty, or use rule=exact or hetero.")
+    return tuple(given.get(name, contract.lora.r) for name in names)
+
+
+def setup(rule: Rule, contract: Contract, spec: AdapterSpec) -> Setup:
+    """What the contract implies. Raises UsageError `rule.rank`, and `encoding.range` for a range that no tensor has; also
+    as `Contract.mechanism`."""
+    terms, secagg = contract.rule, contract.secagg
     limit = terms.max_norm or max(
-        honest_norm(contract.mechanism(name, no), spec.dim, terms.local_lr)
-        for name in names for no in range(1, contract.privacy.rounds + 1))
-    return Setup(spec=spec, ranks=tuple(ranks.get(name, contract.lora.r) for name in names), seed=contract.lora.seed,
-                 max_norm=limit, range=contract.secagg.range, ranges=contract.secagg.ranges, byzantine=terms.byzantine)
+        honest_norm(contract.mechanism(site.name, no), spec.dim, terms.local_lr)
+        for site in contract.sites for no in range(1, contract.privacy.rounds + 1))
+    made = Setup(spec=spec, ranks=ranks(rule, contract), seed=contract.lora.seed, max_norm=limit, range=secagg.range,
+                 ranges=secagg.ranges, byzantine=terms.byzantine)
+    passes = [(no, pass_no) for no in (1, 2) for pass_no in range(1, rule.passes(made) + 1)]
+    sent = [part.name for no, pass_no in passes for part in rule.plan(Round(made, no, {}), pass_no)]
+    for own in secagg.ranges:
+        if not any(fnmatchcase(name, own.tensor) for name in sent):
+            raise UsageError("encoding.range", f"No site sends a tensor called {own.tensor!r}.", nearest(own.tensor, sent))
+    return made
+
+
+def widened(shapes: Shapes, rank: int) -> Shapes:
+    """PEFT's tensors and the head of a model of any rank, as they are in the adapter, of rank `rank`."""
+    return tuple((n, (rank, s[1]) if n.endswith(A) else (s[0], rank) if n.endswith(B) else s) for n, s in shapes)
+
+
+def after_training(rule: Rule, round_: Round, rank: int, change: NDArray[np.float32]) -> Named:
+    """A site's adapter after training, in its own rank. change: of all that any round trains, float32 (spec.dim,); what
+    this round doesn't train stays bit by bit."""
+    moved = round_.setup.spec.add(round_.old, change)
+    kept = {n: v if rule.trains(n, round_.no) else round_.old[n] for n, v in moved.items()}
+    return dict(rule.own(kept, rank))
 
 
 def check_still(rule: Rule, round_: Round, new: Tensors) -> None:

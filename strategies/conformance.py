@@ -137,7 +137,7 @@ def identical_sites_give_that_site(rule: Rule) -> None:
 
 def nothing_learnt_changes_nothing(rule: Rule) -> None:
     for world in worlds(rule):
-        idle = replace(world, news=tuple(rule.start(world.round_, r) for r in world.round_.setup.ranks))
+        idle = replace(world, news=tuple(rule.own(world.round_.old, r) for r in world.round_.setup.ranks))
         _same(idle.next(), world.round_.old, "a round without training changes the model")
 
 
@@ -155,7 +155,7 @@ def exact_means_exact(rule: Rule) -> None:
     for setup in _setups(rule) if rule.exact else ():
         for world in worlds(rule, setup):
             begun = effective(world.round_.old)
-            moved = [_minus(effective(new), effective(rule.start(world.round_, rank)))
+            moved = [_minus(effective(new), effective(rule.own(world.round_.old, rank)))
                      for new, rank in zip(world.news, setup.ranks, strict=True)]
             want = {n: v + sum(w * m[n] for w, m in zip(WEIGHTS, moved, strict=True)) / sum(WEIGHTS)
                     for n, v in begun.items()}
@@ -196,14 +196,14 @@ PROPERTIES: tuple[Callable[[Rule], None], ...] = (
 
 def _trained(rule: Rule, round_: Round, rank: int, rng: np.random.Generator, size: float) -> Named:
     return {n: v + rng.normal(0, size, v.shape).astype(np.float32) if rule.trains(n, round_.no) else v
-            for n, v in rule.start(round_, rank).items()}
+            for n, v in rule.own(round_.old, rank).items()}
 
 
 def _setups(rule: Rule) -> list[Setup]:
     """Equal ranks, and unequal ones where the rule can start a site with less."""
     even = setup_for(rule)
     begun = initial(even.spec, 0)
-    smaller = rule.start(Round(even, 1, begun), 1)
+    smaller = rule.own(begun, 1)
     ragged = any(smaller[n].shape != v.shape for n, v in begun.items())
     return [even, setup_for(rule, ranks=(1, 3, 2, 3, 1))] if ragged else [even]
 

@@ -9,8 +9,8 @@ some site doesn't train of B A), so two means of matrices as thin as that, w, gi
     pass 2   Z = mean of Q^T D_k      and the mean product is Q (Z + Q^T B A)
 
 A module where w (m + n) >= m n sends D_k itself in pass 1. The next A and B are the best of rank r, and the rest goes
-into the residual. Both passes are stages of one secure session with one set of survivors: with a site in the first sum
-and not in the second, their difference would be its own product. All of this is post-processing of noisy tensors.
+into the residual. Both sums are over the same sites: with a site in the first and not in the second, their difference
+would be its own product. All of this is post-processing of noisy tensors.
 The columns of O and Q are no longer than 1, so every coordinate that is sent is within the limit on the norm of D_k.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from privacy.errors import Refused
 from strategies.adapter import Tensors
-from strategies.base import A, B, Named, Part, Round, Setup, check_still
+from strategies.base import A, B, Named, Part, Round, Setup, Shapes, check_still
 from strategies.clip import norm, scale
 from strategies.hetero import own_rank, truncated
 from strategies.merge import without_residual
@@ -35,13 +35,13 @@ LONGEST = 1 + 1e-3  # norm of a column of a basis: a coordinator that sends long
 class Exact(ProductRule):
     """Ranks may differ by site: one of rank r_k trains, and is compared with, the first r_k components."""
 
-    name = "exact"
+    name, ranked = "exact", True
 
     def passes(self, setup: Setup) -> int:
         return 2 if any(_sketched(setup, m) for m in setup.modules) else 1
 
-    def start(self, round_: Round, rank: int) -> Named:
-        return truncated(round_.old, rank)
+    def own(self, tensors: Tensors, rank: int) -> Named:
+        return truncated(tensors, rank)
 
     def plan(self, round_: Round, pass_no: int) -> tuple[Part, ...]:
         setup = round_.setup
@@ -79,6 +79,9 @@ class Exact(ProductRule):
                 value = factors[module][0] @ factors[module][1]
             out[part.name] = (factor * value).astype(np.float32)
         return out
+
+    def shares(self, setup: Setup) -> Shapes:
+        return tuple((m + BASIS, (setup.shape(m + B)[0], _width(setup))) for m in setup.modules if _sketched(setup, m))
 
     def between(self, round_: Round, means: Tensors) -> Named:
         out = {}

@@ -19,7 +19,7 @@ from strategies.linear import Ffa
 class Rotated(Ffa):
     """Trains what ffa trains; sends `rotated`, float32 (dim,)."""
 
-    name, in_rounds = "rotated", False
+    name = "rotated"
 
     def plan(self, round_: Round, pass_no: int) -> tuple[Part, ...]:
         return (Part("rotated", signs(round_).shape, round_.setup.bound("rotated")),)

@@ -23,13 +23,13 @@ RANKS = "ranks"  # the mask's name: float32 (r,)
 class Hetero(Rule):
     """Mean of A and of B, by component; inexact as fedit is."""
 
-    name, exact = "hetero", False
+    name, exact, ranked = "hetero", False, True
 
     def trains(self, tensor: str, round_no: int | None = None) -> bool:
         return True
 
-    def start(self, round_: Round, rank: int) -> Named:
-        return truncated(round_.old, rank)
+    def own(self, tensors: Tensors, rank: int) -> Named:
+        return truncated(tensors, rank)
 
     def plan(self, round_: Round, pass_no: int) -> tuple[Part, ...]:
         return (*super().plan(round_, pass_no), Part(RANKS, (round_.setup.rank,), 1.0))

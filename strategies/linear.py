@@ -11,7 +11,7 @@ class Ffa(Rule):
     FedSVD under plain SGD is the same rule, with the orthonormal A that we start from.
     """
 
-    name, in_rounds = "ffa", True
+    name = "ffa"
 
     def trains(self, tensor: str, round_no: int | None = None) -> bool:
         return not tensor.endswith(A)
@@ -20,7 +20,7 @@ class Ffa(Rule):
 class FedIt(Rule):
     """FedIT (arXiv 2305.05644): mean of A and mean of B; linear, but the mean of products is not their product."""
 
-    name, exact, in_rounds = "fedit", False, True
+    name, exact = "fedit", False
 
     def trains(self, tensor: str, round_no: int | None = None) -> bool:
         return True

@@ -24,7 +24,7 @@ from strategies.adapter import HEAD, AdapterSpec
 from strategies.base import CORE, RESIDUAL, Rule
 from strategies.forms import Residuals, add_cores, as_plain_lora, saved_name
 from strategies.linear import Ffa
-from strategies.rules import find
+from strategies.rules import rule as find
 from strategies.variants import check_layers, check_variant
 
 if TYPE_CHECKING:
@@ -229,12 +229,16 @@ class _Caught(Exception):
     """Ends a forward pass once the input of the first adapted layer is known."""
 
 
-def build(folder: Path, contract: Contract) -> TextClassifier:
-    """The contract's model. Raises Refused `model.digest` when the folder isn't the contract's base model; also as
-    `rules.find`."""
+def build(folder: Path, contract: Contract, rank: int | None = None) -> TextClassifier:
+    """The contract's model. rank: of a site's own LoRA, with the contract's scale alpha / lora.r; null: lora.r.
+
+    Raises Refused `model.digest` when the folder isn't the contract's base model; also as `rules.rule`.
+    """
     check_folder(folder, contract.model)
-    rule = find(contract.rule.name, secure=contract.secagg.enabled)
-    return TextClassifier(folder, contract.model, contract.lora, len(contract.data.labels), rule)
+    rule, lora = find(contract.rule.name, secure=contract.secagg.enabled), contract.lora
+    if rank is not None and rank != lora.r:
+        lora = lora.model_copy(update={"r": rank, "alpha": lora.alpha * rank / lora.r})
+    return TextClassifier(folder, contract.model, lora, len(contract.data.labels), rule)
 
 
 def _with_lora(base: Any, lora: LoraTerms, layers: Sequence[int]) -> Any:

@@ -2,8 +2,8 @@
 
 A round of any rule, on both sides of one weighted mean (a secure sum where the rule is linear):
 
-    both         round_ = Round(setup(contract, spec), round_no, adapter)   # spec = adapter_spec(rule, model's shapes)
-    site         new = train(rule.start(round_, rank))                      # noise is added here; all below is
+    both         round_ = Round(setup(rule, contract, spec), round_no, adapter)   # spec = adapter_spec(rule, model's shapes)
+    site         new = train(rule.own(adapter, rank))                       # noise is added here; all below is
                  for pass_no in 1..rule.passes(setup):                      # post-processing of `new`
                      plan = rule.plan(round_, pass_no)
                      vector = flatten(rule.parts(round_, pass_no, new, shared), plan)
@@ -14,10 +14,10 @@ A round of any rule, on both sides of one weighted mean (a secure sum where the 
                  change = rule.change(round_, means)
                  adapter = rule.apply(round_, stepped(change))              # server optimiser, on rule.space(round_)
 
-`plan` depends on contract and round number alone, so both sides size the encoding before anything is trained. Passes are
-stages of one session with one set of survivors. Linearity is explicit: a linear rule is given means and nothing else, so
-secure aggregation, DP and rounding to few bits compose with it without special cases. strategies/federate.py runs such a
-round in one process; a new rule is proven by strategies/conformance.py.
+`plan` depends on contract and round number alone, so both sides size the encoding before anything is trained. The second
+pass is a secure sum of its own over exactly the sites of the first (ADR 0008). Linearity is explicit: a linear rule is
+given means and nothing else, so secure aggregation, DP and rounding to few bits compose with it without special cases.
+strategies/federate.py runs such a round in one process; a new rule is proven by strategies/conformance.py.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from strategies.plaintext import FlexLora, Flora, Krum, Median, TrimmedMean
 
 RULES: dict[str, Rule] = {r.name: r for r in (Ffa(), FedIt(), RoLora(), Exact(), FedSb(), Hetero(), Flora(), FlexLora(),
                                               Krum(), TrimmedMean(), Median())}
-__all__ = ["RULES", "PlaintextRule", "Rule", "find", "rule"]
+__all__ = ["RULES", "PlaintextRule", "Rule", "rule"]
 
 
-def find(name: str, *, secure: bool) -> Rule:
-    """Look a rule up, for use in one process. Raises UsageError `rule.unknown`, `rule.not_linear`."""
+def rule(name: str, *, secure: bool) -> Rule:
+    """Look a rule up. Raises UsageError `rule.unknown`, `rule.not_linear`."""
     try:
         found = RULES[name]
     except KeyError:
@@ -46,11 +46,3 @@ def find(name: str, *, secure: bool) -> Rule:
                          f"Use rule={found.instead}, which is linear.")
     return found
 
-
-def rule(name: str, *, secure: bool) -> Rule:
-    """Look a rule up, for rounds over the network. Raises as `find`, and UsageError `rule.in_process`."""
-    found = find(name, secure=secure)
-    if not found.in_rounds:
-        raise UsageError("rule.in_process", f"Rule {name!r} runs in one process; rounds over the network don't know it.",
-                         f"Use rule={' or '.join(sorted(n for n, r in RULES.items() if r.in_rounds))}.")
-    return found

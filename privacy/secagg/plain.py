@@ -23,9 +23,10 @@ class PlainSite:
 
     def __init__(self, offer: tr.Offer, index: int, journal: SpentJournal) -> None:
         self.offer, self.index, self._journal = offer, index, journal
+        self.sites = tuple(m.name for m in offer.cohort)  # a second pass needs them all
 
     def m1(self) -> bytes:
-        self._journal.started(self.offer.run, self.offer.round, self.offer.attempt)
+        self._journal.started(self.offer.run, self.offer.slot)
         return NOTHING
 
     def m3(self, m2: bytes) -> bytes:
@@ -33,7 +34,7 @@ class PlainSite:
 
     def m5(self, m4: bytes, encoded: Ring) -> tuple[bytes, Ring]:
         o = self.offer
-        self._journal.spent(o.run, o.round, o.attempt, o.adapter)
+        self._journal.spent(o.run, o.slot, o.adapter)
         self.masked = hashlib.sha256(encoded.data).hexdigest()
         return dump(M5(index=self.index, y_hash=self.masked, signature=b"")), encoded
 
@@ -48,13 +49,15 @@ class PlainSite:
 
 
 class PlainCoordinator:
-    """`CoordinatorSession` that adds what it sees, with the same least number of sites."""
+    """`CoordinatorSession` that adds what it sees, with the same least number of sites. keep: whether `vectors` holds each
+    site's own, by index, for a rule that isn't linear."""
 
     view = transcript = b""
     suspects = ()
 
-    def __init__(self, offer: tr.Offer) -> None:
-        self.offer, self._seen = offer, dict[int, str]()
+    def __init__(self, offer: tr.Offer, *, keep: bool = False) -> None:
+        self.offer, self._seen, self._keep = offer, dict[int, str](), keep
+        self.vectors: dict[int, Ring] = {}
         self.survivors: tuple[int, ...] = ()
         self.votes: dict[int, bytes] = {}
         self.total = np.zeros(offer.dim, offer.encoding.dtype)
@@ -79,6 +82,8 @@ class PlainCoordinator:
             raise Aborted("secagg.dimension", "A vector has the wrong shape or sender.", "That site is left out.")
         self._seen[index] = m5.y_hash
         np.add(self.total, y, out=self.total)
+        if self._keep:
+            self.vectors[index] = y.copy()
 
     def m6(self) -> bytes:
         check_members(sorted(self._seen), range(len(self.offer.cohort)), self.offer.survivors, "stage")

@@ -29,9 +29,9 @@ R = TypeVar("R")
 class SpentJournal(Protocol):
     """Durable memory of a site: each method returns only after fsync."""
 
-    def started(self, run: str, round_no: int, attempt: int) -> None: ...
-    def spent(self, run: str, round_no: int, attempt: int, adapter: str) -> None: ...
-    def unmasked(self, run: str, round_no: int, attempt: int, transcript: str) -> None: ...
+    def started(self, run: str, slot: tr.Slot) -> None: ...
+    def spent(self, run: str, slot: tr.Slot, adapter: str) -> None: ...
+    def unmasked(self, run: str, slot: tr.Slot, transcript: str) -> None: ...
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SiteSession:
     """State machine of site `index`. `offer` is the M0 that the site itself derived from its contract.
 
     check_certificate: PEM -> verified certificate, raising on anything else (chain, role, validity, revocation).
-    `view` is T2 once M5 is made, `masked` the hex H(y), `transcript` T3 once M7 is made.
+    `view` is T2 once M5 is made, `masked` the hex H(y), `transcript` T3 and `sites` the names of U3 once M7 is made.
     Raises Refused `secagg.cohort`, `secagg.threshold`, `secagg.survivors`; every method Aborted `secagg.*`.
     """
 
@@ -64,6 +64,7 @@ class SiteSession:
         if own != signer.fingerprint or len({m.certificate for m in offer.cohort}) != n:
             raise _abort("cohort", "The cohort does not list this site once under its own certificate.")
         self.view, self.masked, self.transcript = b"", "", b""
+        self.sites: tuple[str, ...] = ()
         self._secrets: _Secrets | None = _Secrets()
 
     def m1(self) -> bytes:
@@ -118,7 +119,7 @@ class SiteSession:
 
     def _m1(self, own: _Secrets) -> bytes:
         o, public = self.offer, own.key.public
-        self._journal.started(o.run, o.round, o.attempt)
+        self._journal.started(o.run, o.slot)
         return dump(M1(index=self.index, certificate=self.signer.certificate.public_bytes(Pem.PEM), public=public,
                        signature=self.signer.sign(tr.signed_m1(o.ctx, self.index, public))))
 
@@ -166,7 +167,7 @@ class SiteSession:
             if v != u:
                 low, high = sorted((u, v))
                 masks.append((prg.derive_key(own.pairs[v], tr.pair_mask_info(self.view, low, high)), 1 if u == low else -1))
-        self._journal.spent(o.run, o.round, o.attempt, o.adapter)
+        self._journal.spent(o.run, o.slot, o.adapter)
         prg.add_masks(encoded, masks)
         y_hash = hashlib.sha256(encoded.data).digest()
         self.masked = y_hash.hex()
@@ -196,7 +197,7 @@ class SiteSession:
             raise _abort("own_entry", "The survivor list holds another vector for this site, or none.")
         for v, m in vectors.items():
             verify_signature(self._peers[v], m.signature, tr.signed_m5(self.view, v, bytes.fromhex(m.y_hash)))
-        self._u3 = tuple(vectors)
+        self._u3, self.sites = tuple(vectors), tuple(o.cohort[v].name for v in vectors)
         self.transcript = tr.t3(self.view, [(v, bytes.fromhex(m.y_hash)) for v, m in vectors.items()])
         return dump(M7(index=u, signature=self.signer.sign(tr.signed_m7(self.transcript, u))))
 
@@ -207,7 +208,7 @@ class SiteSession:
             verify_signature(self._peers[vote.index], vote.signature, tr.signed_m7(self.transcript, vote.index))
         shares = tuple((v, own.held[v][:SECRET]) for v in self._u3)
         pairs = tuple((low, high, self._share(own, low, high)) for low, high in tr.released_pairs(self._u2, self._u3))
-        self._journal.unmasked(o.run, o.round, o.attempt, self.transcript.hex())
+        self._journal.unmasked(o.run, o.slot, self.transcript.hex())
         m9 = M9(index=self.index, shares=shares, pairs=pairs, signature=b"")
         signature = self.signer.sign(tr.signed_m9(self.transcript, self.index, m9.joined()))
         self._secrets = None

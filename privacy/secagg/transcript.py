@@ -7,19 +7,20 @@ visible stage prefix followed by a hash. Lists are sorted by cohort index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
-from privacy.contract import SUITE, Contract, Name, SecAggTerms, Sha256, Suite, Terms
-from privacy.errors import Refused, UsageError, nearest
+from privacy.contract import SUITE, Contract, Name, Sha256, Suite, Terms
+from privacy.errors import Refused
 from privacy.secagg.encoding import Encoding
 
 MAX_COHORT = 100
 MAX_SEGMENTS = 10_000
+Slot = tuple[int, int, int]  # round, attempt, pass
 
 
 class Member(Terms):
@@ -35,6 +36,10 @@ class Offer(Terms):
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     round: int = Field(ge=1)
     attempt: int = Field(ge=0)
+    pass_no: int = Field(1, ge=1, le=2, description="of the secure sums of one attempt, by a rule that needs two")
+    after: Sha256 | Literal[""] = Field("", description="T3 of the first pass, for the second one")
+    shared: Sha256 | Literal[""] = Field("", description="digest of what the coordinator made of the first sum: who is "
+                                         "given something else has another ctx, and no mask in common with the others")
     cohort: tuple[Member, ...] = Field(max_length=MAX_COHORT, fail_fast=True)
     threshold: int = Field(description="t: shares, and votes, needed to unmask")
     survivors: int = Field(description="least |U1|, |U2| and |U3|")
@@ -53,6 +58,10 @@ class Offer(Terms):
         return labelled_hash("consilo secagg ctx", canonical(self.model_dump(mode="json")))
 
     @property
+    def slot(self) -> Slot:
+        return self.round, self.attempt, self.pass_no
+
+    @property
     def dim(self) -> int:
         return sum(count for count, _ in self.ranges)
 
@@ -63,32 +72,32 @@ class Offer(Terms):
                         ranges=tuple((count, float(bound)) for count, bound in self.ranges))
 
 
-def offer(contract: Contract, *, round_no: int, attempt: int, tensors: Sequence[tuple[str, int]], adapter: str) -> Offer:
+@dataclass(frozen=True)
+class Second:
+    """What the second pass of an attempt goes on from. sites: of the first sum, in the contract's order; all of them take
+    part, or there is no second sum. after: T3 of the first, hex. shared: digest of what is sent in between."""
+
+    sites: tuple[str, ...]
+    after: str
+    shared: str
+
+
+def offer(contract: Contract, *, round_no: int, attempt: int, ranges: Sequence[tuple[int, float]], adapter: str,
+          second: Second | None = None) -> Offer:
     """The M0 that a contract implies. Coordinator and site both build it; the site compares.
 
-    tensors: (name, number of values) of what is trained, in the order of the flat vector. Raises UsageError
-    `encoding.range` for a range that no tensor has.
+    ranges: (count, C) of each segment of the vector that a site sends.
     """
-    s = contract.secagg
-    cohort = tuple(Member(index=i, name=site.name, certificate=site.signer) for i, site in enumerate(contract.sites))
-    return Offer(run=contract.run, round=round_no, attempt=attempt, cohort=cohort, threshold=s.threshold,
-                 survivors=s.survivors, ring=s.ring, bits=s.bits, ranges=_segments(s, tensors),
-                 base_model=contract.model.weights, adapter=adapter, contract=contract.digest)
-
-
-def _segments(terms: SecAggTerms, tensors: Sequence[tuple[str, int]]) -> tuple[tuple[int, str], ...]:
-    """The first pattern that fits a tensor's name gives its range; neighbours of one range are one segment."""
-    for own in terms.ranges:
-        if not any(fnmatchcase(name, own.tensor) for name, _ in tensors):
-            raise UsageError("encoding.range", f"No trained tensor is called {own.tensor!r}.",
-                             nearest(own.tensor, [name for name, _ in tensors]))
-    out: list[tuple[int, str]] = []
-    for name, count in tensors:
-        bound = repr(next((own.range for own in terms.ranges if fnmatchcase(name, own.tensor)), terms.range))
-        if out and out[-1][1] == bound:
-            count += out.pop()[0]
-        out.append((count, bound))
-    return tuple(out)
+    s, sites, survivors = contract.secagg, contract.sites, contract.secagg.survivors
+    if second:
+        sites = tuple(site for site in sites if site.name in second.sites)
+        survivors = len(sites)
+    cohort = tuple(Member(index=i, name=site.name, certificate=site.signer) for i, site in enumerate(sites))
+    return Offer(run=contract.run, round=round_no, attempt=attempt, pass_no=2 if second else 1,
+                 after=second.after if second else "", shared=second.shared if second else "", cohort=cohort,
+                 threshold=s.threshold, survivors=survivors, ring=s.ring, bits=s.bits,
+                 ranges=tuple((count, repr(bound)) for count, bound in ranges), base_model=contract.model.weights,
+                 adapter=adapter, contract=contract.digest)
 
 
 def least_threshold(n: int, n_c: int) -> int:

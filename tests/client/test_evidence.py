@@ -77,7 +77,7 @@ class Place:
             seq = ledger.reserve(contract.mechanism(NAME, round_no), run=contract.run, contract=contract.digest,
                                  round=round_no, attempt=0, code=contract.code_version, approver="officer")
             ledger.commit(seq, 1)
-            offer = tr.offer(contract, round_no=round_no, attempt=0, tensors=[("w", 3)], adapter="0" * 64)
+            offer = tr.offer(contract, round_no=round_no, attempt=0, ranges=[(3, 1.0)], adapter="0" * 64)
             says.round(offer, b"v" * 32, hashlib.sha256(b"y").hexdigest())
         if contract.run != "2" * 32:  # the second job is still under way
             says.closing()

@@ -32,6 +32,7 @@ from strategies.adapter import AdapterSpec, adapter_digest, initial
 
 SPEC = AdapterSpec((("m.lora_A.weight", (2, 6)), ("m.lora_B.weight", (6, 2)), ("head.weight", (3, 6)), ("head.bias", (3,))),
                    frozenset({"m.lora_B.weight", "head.weight", "head.bias"}))
+RANGES = [(SPEC.dim, 10.0)]
 POLICY = SitePolicy(approver="test", max_epsilon=8.0)
 Handlers = dict[str, Callable[..., Any]]
 
@@ -97,7 +98,7 @@ class Site:
         self.handlers = self._handlers()
 
     def offer(self, round_no: int = 1, attempt: int = 0, **changes: Any) -> bytes:
-        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, tensors=SPEC.sizes,
+        made = tr.offer(self.contract, round_no=round_no, attempt=attempt, ranges=RANGES,
                         adapter=adapter_digest(self.adapter))
         return dump(made.model_copy(update=changes))
 
@@ -151,7 +152,7 @@ def test_a_refused_contract_is_recorded_in_the_sites_ledger(site: Site) -> None:
 
 
 def test_attack_smaller_cohort_or_another_member(site: Site) -> None:
-    cohort = tr.offer(site.contract, round_no=1, attempt=0, tensors=SPEC.sizes, adapter="0" * 64).cohort
+    cohort = tr.offer(site.contract, round_no=1, attempt=0, ranges=RANGES, adapter="0" * 64).cohort
     other = cohort[1].model_copy(update={"certificate": "8" * 64})
     for members in (cohort[:2], cohort[:1], (cohort[0], other, cohort[2]), cohort[::-1]):
         assert site.refusal(site.offer(cohort=members)) is SiteCode.CONTRACT
@@ -289,7 +290,7 @@ def test_attack_contract_whose_noise_does_not_keep_its_epsilon(site: Site) -> No
 
 def _through_m5(sites: list[SiteRound], adapter: Any, round_no: int, attempt: int) -> None:
     """The honest coordinator's part until every site's masked vector has left."""
-    made = tr.offer(sites[0].contract, round_no=round_no, attempt=attempt, tensors=SPEC.sizes,
+    made = tr.offer(sites[0].contract, round_no=round_no, attempt=attempt, ranges=RANGES,
                     adapter=adapter_digest(adapter))
     c = CoordinatorSession(made, sites[0]._check_certificate)
     for u, s in enumerate(sites):

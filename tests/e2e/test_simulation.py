@@ -168,7 +168,7 @@ def test_the_sum_is_that_of_the_survivors_whatever_stage_a_site_is_lost_at(
     assert (said["outcome"], said["sites"], said["lost"]) == ("done", names, [f"s1 {stage} site.unreachable"])
     assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
     assert predicates(tmp_path / "out", "round")[0]["dropped"] == [
-        {"site": "s1", "stage": stage, "code": "site.unreachable"}]
+        {"site": "s1", "pass_no": 1, "stage": stage, "code": "site.unreachable"}]
 
 
 @pytest.mark.parametrize("stage", STAGES)

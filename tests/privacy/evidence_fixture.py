@@ -129,7 +129,8 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                  encumbered: Callable[[Any], Any] = lambda plans: plans, refused: tuple[str, str] | None = None,
                  signers: Mapping[str, FileSigner] | None = None,
                  extract: Callable[[str, bytes], bytes] = lambda _, data: data) -> Path:
-    """Run the bookkeeping of a job and write its bundle. `drops`: who drops out where; `summed`: what an attempt leaves,
+    """Run the bookkeeping of a job and write its bundle; a round has one sum, whose parts `edit` sees beside the rest.
+    `drops`: who drops out where; `summed`: what an attempt leaves,
     called as `sum_of`. `edit` lies before signing; `ledger_mechanism` and `encumbered` (the plans) in the ledger;
     `extract` in what a site shows of it; `spent_before`: rounds of an earlier run in every ledger; `refused`: (code, what)
     that every site said no with."""
@@ -145,6 +146,9 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
         if edit is not None:
             changed = edit(kind, dict(changed))
         if changed is not None:
+            if kind == "round" and "sums" not in changed:
+                first = {key: changed.pop(key) for key in ("view", "transcript", "votes")}
+                changed["sums"] = [first] if changed["outcome"] == "done" or any(first.values()) else []
             subject = subject or next(changed[k] for k in SUBJECTS[kind] if changed[k])
             envelope = make(signers[who], KINDS[kind].predicate_type, [(kind, subject)], changed)
             writer.add_statement(kind, who, envelope)
@@ -195,17 +199,19 @@ def write_bundle(folder: Path, parties: Consortium, agreed: Contract | None = No
                 (seq, head), spent = books[name].head, decimal(books[name].epsilon())
             if name in got.masked:
                 say("round-site", name, {
-                    "site": name, "lineage": books[name].lineage if private else "", **where, "adapter_in": adapter,
+                    "site": name, "lineage": books[name].lineage if private else "", **where, "pass_no": 1,
+                    "adapter_in": adapter,
                     "view": got.view, "masked": got.masked[name], "q": decimal(m.q), "clip": decimal(m.clip),
                     "sigma": decimal(m.sigma), "steps": m.steps, "n_decl": m.n_decl, "ledger_seq": seq,
                     "ledger_head": head, "epsilon": spent})
         out = sha("adapter", round_) if done else ""
         say("round", HUB, {
             **where, "outcome": "done" if done else "void", "reason": "" if done else "secagg.forged_share",
-            "sites": list(got.sites) if done else [], "adapter_in": adapter, "adapter_out": out, "view": got.view,
+            "sites": list(got.sites) if done else [], "adapter_in": adapter, "adapter_out": out,
+            "view": got.view if done else "",
             "transcript": got.transcript if done else "",
             "votes": [vote(*cast) for cast in got.votes.items()] if done else [],
-            "dropped": [{"site": n, "stage": stage, "code": code} for n, (stage, code) in fell.items()]})
+            "dropped": [{"site": n, "pass_no": 1, "stage": stage, "code": code} for n, (stage, code) in fell.items()]})
         adapter = out or adapter
         if done:
             measure(round_, adapter)

@@ -26,8 +26,8 @@ from privacy.verify import verify_bundle
 NOT_THEIRS = "the transcript is not that of the vectors that its sites signed"
 
 
-def drop(site: str, stage: str) -> dict[str, str]:
-    return {"site": site, "stage": stage, "code": "site.unreachable"}
+def drop(site: str, stage: str) -> dict[str, Any]:
+    return {"site": site, "pass_no": 1, "stage": stage, "code": "site.unreachable"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def session_sum(agreed: Contract, signers: Mapping[str, FileSigner], round_no: i
     """`sum_of`, by the sessions of all four sites and the coordinator over vectors of 3 values."""
     peers = {s.fingerprint: Peer(n, f"Organisation of {n}", Role.SITE, s.fingerprint, s.certificate)
              for n, s in signers.items()}
-    offer = tr.offer(agreed, round_no=round_no, attempt=attempt, tensors=[("w", 3)], adapter=sha("adapter"))
+    offer = tr.offer(agreed, round_no=round_no, attempt=attempt, ranges=[(3, 1.0)], adapter=sha("adapter"))
 
     def check(pem: bytes) -> Peer:
         return peers[fingerprint(load_certificate(pem))]
@@ -114,7 +114,7 @@ def test_what_a_site_signs_holds(secagg: bool, parties: Consortium, tmp_path: Pa
                           lambda kind, envelope: None)
     for path in sorted((bundle / "statements").glob("*-round-site-clinic-a.json")):
         p = json.loads(b64decode(json.loads(path.read_bytes())["payload"]))["predicate"]
-        offer = tr.offer(agreed, round_no=p["round"], attempt=p["attempt"], tensors=[("w", 3)], adapter=p["adapter_in"])
+        offer = tr.offer(agreed, round_no=p["round"], attempt=p["attempt"], ranges=[(3, 1.0)], adapter=p["adapter_in"])
         path.write_text(said.round(offer, bytes.fromhex(p["view"]), p["masked"]))
     assert verify_bundle(relog(bundle, parties), parties.fingerprint).verdict == "PASS"
     path.write_text(said.round(offer, bytes(32), p["masked"]))
@@ -238,7 +238,7 @@ def test_votes_of_another_round(parties: Consortium, tmp_path: Path) -> None:
         return p
 
     bundle = write_bundle(tmp_path / "b", parties, drops={}, edit=edit)
-    assert_fails(verify_bundle(bundle, parties.fingerprint), "rounds", "round 3, attempt 0: a vote is not")
+    assert_fails(verify_bundle(bundle, parties.fingerprint), "rounds", "round 3, attempt 0, pass 1: a vote is not")
 
 
 def test_vectors_of_two_sites_swapped(parties: Consortium, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_redelivery_of_nothing_is_no_key_list(consortium: Consortium) -> None:
 def test_m1_is_recorded_before_the_key_leaves(consortium: Consortium) -> None:
     scene = Scene.of(consortium)
     scene.sites[0].m1()
-    assert scene.sites[0]._journal.starts == [("ab" * 16, 1, 0)]  # type: ignore[attr-defined]
+    assert scene.sites[0]._journal.starts == [("ab" * 16, (1, 0, 1))]  # type: ignore[attr-defined]
 
 
 def test_secrets_are_dropped_with_the_reference(consortium: Consortium) -> None:

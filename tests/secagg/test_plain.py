@@ -44,8 +44,8 @@ def test_sum_of_those_that_are_there(consortium: Consortium, lost: tuple[int, ..
     assert c.survivors == tuple(there) and c.votes == {} and c.view == c.transcript == b""
     assert np.array_equal(c.unmask(), added(vectors(offer), there)) and (c.m2(), c.m8()) == (b"{}", b"{}")
     for u, journal in enumerate(journals):
-        assert journal.starts == [("ab" * 16, 1, 0)]
-        assert journal.spends == [("ab" * 16, 1, 0, "1" * 64)] * (u in there)
+        assert journal.starts == [("ab" * 16, (1, 0, 1))]
+        assert journal.spends == [("ab" * 16, (1, 0, 1), "1" * 64)] * (u in there)
 
 
 def test_too_few_sites_give_no_sum(consortium: Consortium) -> None:

@@ -112,8 +112,8 @@ def test_masks_are_those_of_the_specification(consortium: Consortium) -> None:
 def test_spent_is_durable_before_the_vector_is_masked(consortium: Consortium) -> None:
     """A journal that refuses: the update stays as it was, and the session is over."""
     class Full:
-        def spent(self, run: str, round_no: int, attempt: int, adapter: str) -> None:
-            assert (run, round_no, attempt, adapter) == ("ab" * 16, 1, 0, "1" * 64)
+        def spent(self, run: str, slot: tuple[int, int, int], adapter: str) -> None:
+            assert (run, slot, adapter) == ("ab" * 16, (1, 0, 1), "1" * 64)
             raise Refused("journal.write_failed", "Full.", "Make room.")
 
     s = Scene.of(consortium)
@@ -123,7 +123,7 @@ def test_spent_is_durable_before_the_vector_is_masked(consortium: Consortium) ->
         s.sites[0].m5(m4[0], x)
     assert np.array_equal(x, np.arange(DIM)) and s.sites[0]._secrets is None
     s.sites[1].m5(m4[1], x)
-    assert s.sites[1]._journal.spends == [("ab" * 16, 1, 0, "1" * 64)]  # type: ignore[attr-defined]
+    assert s.sites[1]._journal.spends == [("ab" * 16, (1, 0, 1), "1" * 64)]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("ring", "bits"), [(32, 24), (16, 12)])

@@ -128,8 +128,8 @@ def test_released_pairs_against_the_definition() -> None:
 
 def test_sum_is_in_the_journal_before_its_shares_leave(consortium: Consortium) -> None:
     class Full:
-        def unmasked(self, run: str, round_no: int, attempt: int, transcript: str) -> None:
-            assert (run, round_no, attempt, transcript) == ("ab" * 16, 1, 0, s.coordinator.transcript.hex())
+        def unmasked(self, run: str, slot: tr.Slot, transcript: str) -> None:
+            assert (run, slot, transcript) == ("ab" * 16, (1, 0, 1), s.coordinator.transcript.hex())
             raise Refused("journal.write_failed", "Full.", "Make room.")
 
     s = Scene.of(consortium)
@@ -142,7 +142,7 @@ def test_sum_is_in_the_journal_before_its_shares_leave(consortium: Consortium) -
 
     played = s.play(hook)
     assert list(played.refused) == [("m8", 0)] and played.total is not None
-    assert spent[1].sums == [("ab" * 16, 1, 0, s.coordinator.transcript.hex())]  # type: ignore[attr-defined]
+    assert spent[1].sums == [("ab" * 16, (1, 0, 1), s.coordinator.transcript.hex())]  # type: ignore[attr-defined]
 
 
 def test_m9_is_the_last_and_drops_all_secrets(consortium: Consortium) -> None:

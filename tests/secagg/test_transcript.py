@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from secagg_kit import DIM
 
 from privacy.contract import SecAggTerms
-from privacy.errors import UsageError
 from privacy.secagg import transcript as tr
 from simulations.adversary import Consortium
 
@@ -67,7 +66,8 @@ def test_signed_bytes_begin_with_their_stage() -> None:
 
 
 CHANGES: list[dict[str, Any]] = [
-    {"run": "ac" * 16}, {"round": 2}, {"attempt": 1}, {"threshold": 4}, {"survivors": 4}, {"ring": 16}, {"bits": 23},
+    {"run": "ac" * 16}, {"round": 2}, {"attempt": 1}, {"pass_no": 2}, {"after": "4" * 64}, {"shared": "4" * 64},
+    {"threshold": 4}, {"survivors": 4}, {"ring": 16}, {"bits": 23},
     {"ranges": ((DIM, "1.5"),)}, {"ranges": ((DIM - 1, "1.0"), (1, "1.0"))}, {"ranges": ((DIM, "1.00"),)}, {"w_cap": "2.0"},
     {"base_model": "3" * 64}, {"adapter": "0" * 64}, {"contract": "0" * 64}, {"base_model": "1" * 64, "adapter": "0" * 64}]
 
@@ -86,21 +86,20 @@ def test_ctx_binds_every_field_of_m0(consortium: Consortium) -> None:
     assert consortium.offer(4, 3, DIM).ctx == offer.ctx
 
 
-TENSORS = [("a.B", 6), ("b.B", 2), ("head.weight", 3), ("head.bias", 1), ("c.B", 4)]
+RANGES = [(8, 0.5), (4, 2.0), (4, 0.5)]
 
 
-def implied(**secagg: Any) -> tr.Offer:
+def implied(second: tr.Second | None = None, **secagg: Any) -> tr.Offer:
     """Of a contract's terms that an offer is made of."""
     contract: Any = SimpleNamespace(
         run="ab" * 16, digest="d" * 64, model=SimpleNamespace(weights="5" * 64),
         secagg=SecAggTerms.model_validate({"threshold": 3, "survivors": 4, "range": 0.5} | secagg),
         sites=[SimpleNamespace(name=f"s{i}", signer=f"{i}" * 64) for i in range(4)])
-    return tr.offer(contract, round_no=3, attempt=1, tensors=TENSORS, adapter="9" * 64)
+    return tr.offer(contract, round_no=3, attempt=1, ranges=RANGES, adapter="9" * 64, second=second)
 
 
 def test_the_offer_that_a_contract_implies() -> None:
-    """Ranges are of the first pattern that fits; neighbours of one range are one segment."""
-    offer = implied(bits=17, ranges=[{"tensor": "head.*", "range": 2.0}, {"tensor": "*.bias", "range": 9.0}])
+    offer = implied(bits=17)
     assert offer.ranges == ((8, "0.5"), (4, "2.0"), (4, "0.5")) and offer.dim == 16
     assert [(m.index, m.name, m.certificate) for m in offer.cohort] == [(i, f"s{i}", f"{i}" * 64) for i in range(4)]
     assert (offer.run, offer.round, offer.attempt, offer.threshold, offer.survivors) == ("ab" * 16, 3, 1, 3, 4)
@@ -109,6 +108,9 @@ def test_the_offer_that_a_contract_implies() -> None:
     assert offer.encoding.ranges == ((8, 0.5), (4, 2.0), (4, 0.5)) and offer.encoding.cohort == 4
 
 
-def test_a_range_for_no_tensor_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"encoding\.range.*head\.bias"):
-        implied(ranges=[{"tensor": "head.*", "range": 1.0}, {"tensor": "hed.bias", "range": 2.0}])
+def test_the_second_pass_is_over_the_sites_of_the_first_and_needs_them_all() -> None:
+    offer = implied(tr.Second(("s3", "s0", "s1"), "6" * 64, "7" * 64))
+    assert [(m.index, m.name, m.certificate) for m in offer.cohort] == [(0, "s0", "0" * 64), (1, "s1", "1" * 64),
+                                                                      (2, "s3", "3" * 64)]
+    assert (offer.slot, offer.threshold, offer.survivors) == ((3, 1, 2), 3, 3)
+    assert (offer.after, offer.shared, implied().slot, implied().after) == ("6" * 64, "7" * 64, (3, 1, 1), "")

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from fl_server.round import Lost, RoundDriver
-from privacy.errors import Aborted
+from fl_server.attempt import Lost
+from fl_server.round import RoundDriver
+from privacy.errors import Aborted, RoundVoid
 
 
 def test_attack_a_wrong_dealer_that_falls_silent_is_named_once() -> None:
@@ -16,7 +17,8 @@ def test_attack_a_wrong_dealer_that_falls_silent_is_named_once() -> None:
         raise Aborted("secagg.forged_share", "No set of shares fits.", "The round is void.")
 
     driver = RoundDriver.__new__(RoundDriver)
-    driver._names, driver.lost = ["a", "b", "c"], [Lost("b", "unmask", "site.unreachable")]
-    with pytest.raises(Aborted):
-        driver._unmask(SimpleNamespace(unmask=unmask, suspects=(1, 2)))  # type: ignore[arg-type]
-    assert driver.lost == [Lost("b", "unmask", "site.unreachable"), Lost("c", "unmask", "secagg.forged_share")]
+    cohort = [SimpleNamespace(name=name) for name in "abc"]
+    driver.lost = [Lost("b", 1, "unmask", "site.unreachable")]
+    with pytest.raises(RoundVoid):
+        driver._mean(SimpleNamespace(unmask=unmask, suspects=(1, 2), offer=SimpleNamespace(cohort=cohort, pass_no=1)))  # type: ignore[arg-type]
+    assert driver.lost == [Lost("b", 1, "unmask", "site.unreachable"), Lost("c", 1, "unmask", "secagg.forged_share")]

@@ -15,6 +15,7 @@ from privacy.contract import Contract
 from privacy.errors import UsageError
 from strategies.adapter import initial
 from strategies.base import setup
+from strategies.rules import RULES
 
 Make = Callable[..., Contract]
 
@@ -37,24 +38,19 @@ def test_prox_pulls_each_step_after_the_first(change: Callable[..., NDArray[np.f
     assert np.abs(first).max() > 1e-3
 
 
-def test_update_is_within_the_contracts_limit(change: Callable[..., NDArray[np.float32]]) -> None:
-    free, cut = change(), change(max_norm=0.01)
-    assert np.linalg.norm(free) > 0.05
-    assert np.linalg.norm(cut.astype(np.float64)) <= 0.01
-    np.testing.assert_allclose(cut / np.linalg.norm(cut), free / np.linalg.norm(free), atol=1e-5)
-
-
 def test_setup_of_a_contract(tiny_model: Path, tiny_contract: Make) -> None:
     from strategies.model import build
 
     ranks = [{"site": "site-b", "r": 1}]
     contract = tiny_contract(rule={"name": "hetero", "ranks": ranks, "byzantine": 2}, lora={"seed": 4})
     classifier = build(tiny_model, contract)
-    made = setup(contract, classifier.spec(lambda _: True))
+    made = setup(RULES["hetero"], contract, classifier.spec(lambda _: True))
     assert (made.ranks, made.rank, made.seed, made.byzantine, made.range) == ((2, 1, 2), 2, 4, 2, 10.0)
     assert made.max_norm > 2 * contract.privacy.clip
-    assert setup(tiny_contract(rule={"max_norm": 3.0}), made.spec).max_norm == 3.0
-    for bad in ({"site": "site-x", "r": 1}, {"site": "site-a", "r": 3}):
+    assert setup(RULES["ffa"], tiny_contract(rule={"max_norm": 3.0}), made.spec).max_norm == 3.0
+    for name, bad in (("hetero", {"site": "site-x", "r": 1}), ("hetero", {"site": "site-a", "r": 3}), ("ffa", ranks[0])):
         with pytest.raises(UsageError) as caught:
-            setup(tiny_contract(rule={"ranks": [bad]}), made.spec)
+            setup(RULES[name], tiny_contract(rule={"ranks": [bad]}), made.spec)
         assert caught.value.code == "rule.rank"
+    with pytest.raises(UsageError, match=r"encoding\.range.*head\.bias"):
+        setup(RULES["ffa"], tiny_contract(secagg={"ranges": [{"tensor": "hed.bias", "range": 2.0}]}), made.spec)

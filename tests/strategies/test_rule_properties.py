@@ -34,7 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[Rule, Round, list[dict[str, np.ndarray]], li
            for n, v in initial(spec, setup.seed).items()}
     round_ = Round(setup, no, old)
     news = [{n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) if one.trains(n, no) else v
-             for n, v in one.start(round_, r).items()} for r in ranks]
+             for n, v in one.own(round_.old, r).items()} for r in ranks]
     return one, round_, news, [draw(st.integers(1, 64)) / 64 for _ in ranks]
 
 
@@ -66,7 +66,7 @@ def test_scaling_all_weights_changes_nothing(case: tuple) -> None:  # type: igno
 @settings(max_examples=200, deadline=None)
 def test_exact_rules_move_by_the_mean_of_what_the_sites_moved(case: tuple) -> None:  # type: ignore[type-arg]
     one, round_, news, weights = case
-    begun = [effective(one.start(round_, r)) for r in round_.setup.ranks]
+    begun = [effective(one.own(round_.old, r)) for r in round_.setup.ranks]
     moved = [{n: v - b[n] for n, v in effective(new).items()} for new, b in zip(news, begun, strict=True)]
     want = {n: v + sum(w * m[n] for w, m in zip(weights, moved, strict=True)) / sum(weights)
             for n, v in effective(round_.old).items()}

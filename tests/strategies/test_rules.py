@@ -22,7 +22,7 @@ from strategies.merge import product
 from strategies.optimizers import stepped
 from strategies.plaintext import Krum, Median, TrimmedMean
 from strategies.product import best_rank
-from strategies.rules import RULES, find, rule
+from strategies.rules import RULES, rule
 
 ALL: list[Rule] = [*RULES.values(), Rotated()]
 
@@ -70,7 +70,7 @@ def test_exact_is_exact_when_one_site_alone_has_most_of_the_rank() -> None:
     rng = np.random.default_rng(0)
     old = {n: v + rng.normal(0, 0.3, v.shape).astype(np.float32) for n, v in initial(setup.spec, 0).items()}
     round_ = Round(setup, 1, old)
-    begun = [one.start(round_, r) for r in ranks]
+    begun = [one.own(round_.old, r) for r in ranks]
     news = [{n: v + rng.normal(0, 0.1, v.shape).astype(np.float32) if one.trains(n) else v for n, v in t.items()}
             for t in begun]
     after = federate(one, setup, 1, old, news, weights).adapter
@@ -120,23 +120,13 @@ def test_unsynchronised_a_is_refused_where_accuracy_would_not_show_it() -> None:
 def test_linear_alternative_is_named_for_each_plaintext_rule() -> None:
     for name, one in RULES.items():
         if one.linear:
-            assert find(name, secure=True) is one
+            assert rule(name, secure=True) is one
             continue
         with pytest.raises(UsageError, match=f"rule={one.instead}") as caught:
             rule(name, secure=True)
         assert caught.value.code == "rule.not_linear"
         assert RULES[one.instead].linear
-        assert find(name, secure=False) is one
-
-
-def test_rule_that_rounds_do_not_know_yet_is_refused_not_run_as_another() -> None:
-    for name, one in RULES.items():
-        if one.in_rounds:
-            assert rule(name, secure=False) is one
-        else:
-            with pytest.raises(UsageError) as caught:
-                rule(name, secure=False)
-            assert caught.value.code == "rule.in_process"
+        assert rule(name, secure=False) is one
 
 
 @pytest.mark.parametrize("one", [Krum(), TrimmedMean(), Median()], ids=lambda r: r.name)
@@ -193,7 +183,7 @@ def test_site_with_a_rank_that_no_site_has_is_refused(one: Rule) -> None:
     setup = kit.setup_for(one, ranks=(1, 3, 3, 3, 3))
     round_ = Round(setup, 1, initial(setup.spec, 0))
     with pytest.raises(Refused) as caught:
-        one.parts(round_, 1, one.start(round_, 2), {})
+        one.parts(round_, 1, one.own(round_.old, 2), {})
     assert caught.value.code == "rule.site_rank"
 
 
