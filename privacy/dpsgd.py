@@ -5,6 +5,10 @@ at most `clip` (plus the lattice's rounding) in L2; a record whose gradient isn'
 contributes zero and changes no bit of another's contribution; the physical batch changes the result by float rounding
 only; nothing of one call is left in the model for the next.
 
+Gradients may be computed in bfloat16 (autocast) and with activations computed twice: what is clipped is each record's own
+float32 vector, in float64, so the bound on an item holds for any of them. A batch that doesn't fit in memory though it
+holds nothing but copies of a synthetic record is an error of this machine, and no record's.
+
 Dropout is off but for lora_dropout, which is on where an adapter has one. Its masks are drawn anew for each batch, so then
 "no bit" and "rounding only" hold in distribution: masks are independent of all records.
 """
@@ -13,12 +17,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.errors import UsageError
+from privacy.errors import Refused, UsageError
 from privacy.mechanism import DpMechanism
 from privacy.noise import lattice_noise, pitch
 from privacy.population import Draw, Population
@@ -26,20 +30,26 @@ from privacy.population import Draw, Population
 if TYPE_CHECKING:
     import torch
 
+Precision = Literal["float32", "bfloat16"]
 Losses = Callable[[NDArray[np.int64]], "torch.Tensor"]
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of two copies of a record against one
 BLOCK = 2**17  # gradients at a time in float64: 1 MiB stays in cache
 
 
 class ClippedGradients(ABC):
     """What engines share. parameters: name -> trainable parameter, in the order of the flat gradient; others are frozen.
 
-    losses: indices of records, int64 (b,) -> per-record losses (b,), each the mean over that record alone.
+    losses: indices of records, int64 (b,) -> per-record losses (b,), each the mean over that record alone. precision: of
+    the products in it; weights and what is returned are float32.
     Raises UsageError `dp.no_per_sample_gradient`, naming a trainable parameter or a layer that couples records.
     """
 
-    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], losses: Losses) -> None:
+    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], losses: Losses, *,
+                 precision: Precision = "float32") -> None:
         import torch
 
+        self._precision: Precision = precision
+        self._synthetic: int | None = None
         for p in module.parameters():
             p.requires_grad_(False)
         for p in parameters.values():
@@ -73,20 +83,21 @@ class ClippedGradients(ABC):
         """
         import torch
 
+        self._synthetic = record
         before = {name: p.detach().clone() for name, p in self.parameters.items()}
         generator, twice = torch.Generator().manual_seed(0), np.array([record, record], np.int64)
         try:
             with torch.no_grad():  # at the zeros of a fresh adapter most gradients are zero
                 for p in self.parameters.values():
-                    p.normal_(std=0.1, generator=generator)
+                    p.copy_(torch.empty(p.shape).normal_(std=0.1, generator=generator))
             alone = self._alone(twice[:1])
             for name, part in zip(self.parameters, alone, strict=True):
                 if part is None or not part.any():
                     raise UsageError("dp.frozen", f"{name!r} gets no gradient: the adapter can't move.",
                                      "Check lora.targets and lora.layers.")
-            whole = sum(float(part.square().sum()) for part in alone) ** 0.5
+            whole, limit = sum(float(part.square().sum()) for part in alone) ** 0.5, TOLERANCE[self._precision]
             for name, part, rows in zip(self.parameters, alone, self._backward(twice), strict=True):
-                if float((rows - part).norm(dim=tuple(range(1, rows.dim()))).max()) > 1e-3 * part.norm() + 1e-5 * whole:
+                if float((rows - part).norm(dim=tuple(range(1, rows.dim()))).max()) > limit * (part.norm() + 1e-2 * whole):
                     raise uncovered(name, "its per-sample gradient isn't that of the record alone")
         finally:
             self._clear()
@@ -123,12 +134,37 @@ class ClippedGradients(ABC):
         """Gradients of up to `size` records, filled up to `size` by repetition: float sums depend on a batch's shape."""
         try:
             return self._chunk(np.resize(indices, size))[:len(indices)]
-        except Exception:  # noqa: BLE001 - a record may raise anything; it must change nothing that leaves
+        except Exception as e:  # noqa: BLE001 - a record may raise anything; it must change nothing that leaves
             self._clear()
+            memory = out_of_memory(e)
+        if memory:
+            self.require_fit(size)
         if len(indices) == 1:
             return np.zeros((1, self.dim), np.float32)
         half = len(indices) // 2  # by halves: log2(size) batches find one bad record
         return np.concatenate([self._rows(indices[:half], size), self._rows(indices[half:], size)])
+
+    def require_fit(self, size: int) -> None:
+        """Run a batch of `size` copies of the synthetic record of `check`. Raises Refused `dp.memory` with a size that
+        fits, if this one doesn't."""
+        if self._synthetic is None or self._fits(size):
+            return
+        smaller = size // 2
+        while smaller and not self._fits(smaller):
+            smaller //= 2
+        raise Refused("dp.memory", f"A step with {size} records at a time doesn't fit in this machine's memory.",
+                      f"Set site.physical_batch={smaller}; the result is the same." if smaller else
+                      "Set site.checkpointing=true, or use a machine with more memory: not even one record fits.")
+
+    def _fits(self, size: int) -> bool:
+        try:
+            self._chunk(np.full(size, self._synthetic, np.int64))
+        except (MemoryError, RuntimeError) as e:
+            self._clear()
+            if not out_of_memory(e):
+                raise
+            return False
+        return True
 
     def _chunk(self, indices: NDArray[np.int64]) -> NDArray[np.float32]:
         """Raw per-record gradients, float32 (b, dim), with lora_dropout on."""
@@ -137,15 +173,19 @@ class ClippedGradients(ABC):
         for dropout in self._dropouts:
             dropout.training = True
         try:
-            rows = [grad.reshape(len(indices), -1) for grad in self._backward(indices)]
-            return np.asarray(torch.cat(rows, dim=1).numpy(), np.float32)
+            rows = [grad.reshape(len(indices), -1).float() for grad in self._backward(indices)]
+            return np.asarray(torch.cat(rows, dim=1).cpu().numpy(), np.float32)
         finally:
             self._clear()
             for dropout in self._dropouts:
                 dropout.training = False
 
     def _one_each(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        each = self._losses(indices)
+        import torch
+
+        device = next(iter(self.parameters.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
+            each = self._losses(indices).float()
         if each.shape != (len(indices),):
             raise UsageError("dp.no_per_sample_gradient", f"The loss of {len(indices)} records has the shape "
                              f"{tuple(each.shape)}, so it couples them.", "Return one loss for each record.")
@@ -155,10 +195,11 @@ class ClippedGradients(ABC):
 class PerSampleGradients(ClippedGradients):
     """The engine `opacus`: its hooks on a module, the reference."""
 
-    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], losses: Losses) -> None:
+    def __init__(self, module: torch.nn.Module, parameters: Mapping[str, torch.nn.Parameter], losses: Losses, *,
+                 precision: Precision = "float32") -> None:
         from opacus import GradSampleModule
 
-        super().__init__(module, parameters, losses)
+        super().__init__(module, parameters, losses, precision=precision)
         self._module = GradSampleModule(module, batch_first=True, loss_reduction="sum", strict=True)
         for layer in module.modules():  # the hooks work in training mode only
             layer.training = any(p.requires_grad for p in layer.parameters(recurse=False))
@@ -208,6 +249,13 @@ def noisy_mean(grads: ClippedGradients, population: Population, mechanism: DpMec
         total += part.sum(axis=0)
     total += lattice_noise(dim, sigma=mechanism.sigma, clip=mechanism.clip)
     return np.asarray(total * (pitch(mechanism.clip) / mechanism.denominator), np.float64)
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether that is what torch, numpy or Python says where memory is at its end."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        "out of memory" in said or "can't allocate memory" in said or "not enough memory" in said))
 
 
 def uncovered(name: str, why: str) -> UsageError:

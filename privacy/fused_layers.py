@@ -2,7 +2,8 @@
 
 A forward of this module computes what the layer's own does. Its backward gives autograd the gradient of the input and
 hands the per-record gradients of the weights, (b, *shape), to a `Put`; autograd itself computes none for them. Inputs are
-(b, ..., features), records first. Lee and Kifer (PoPETs 2021) and Bu et al. (arXiv 2210.00038) describe the products.
+(b, ..., features), records first. Under autocast products are in its type, as those of the layer are. Lee and Kifer
+(PoPETs 2021) and Bu et al. (arXiv 2210.00038) describe the products.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         ctx.put("weight", lambda: _outer(g, x))
         ctx.put("bias", lambda: _over_positions(g))
-        return (g @ weight if ctx.needs_input_grad[0] else None), None, None, None
+        return (g @ weight.to(g.dtype) if ctx.needs_input_grad[0] else None), None, None, None
 
 
 class _Lora(torch.autograd.Function):
@@ -113,7 +114,7 @@ class _Lora(torch.autograd.Function):
         x = x.contiguous()
         low = functional.linear(x if dropped is None else dropped, a)
         y = functional.linear(x, w, bias)
-        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.t(), alpha=s)
+        y.view(-1, y.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.t().to(y.dtype), alpha=s)
         if b_bias is not None:
             y.add_(b_bias, alpha=s)
         ctx.save_for_backward(x if dropped is None else dropped, low, w, a, b)
@@ -125,6 +126,7 @@ class _Lora(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         dropped, low, w, a, b = ctx.saved_tensors
         g, s, put = g.contiguous(), ctx.s, ctx.put
+        w, a, b = w.to(g.dtype), a.to(g.dtype), b.to(g.dtype)
         g_low = (g @ b).mul_(s)
         put("A", lambda: _outer(g_low, dropped))
         put("B", lambda: _outer(g, low).mul_(s))
@@ -146,7 +148,7 @@ class _Scale(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, put: Put) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.put = put
-        return x * weight if bias is None else torch.addcmul(bias, x, weight)
+        return x * weight if bias is None else torch.addcmul(bias, x.to(bias.dtype), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -164,7 +166,7 @@ _scale: Forward = _Scale.apply
 
 def _outer(g: Tensor, x: Tensor) -> Tensor:
     """(b, ..., o), (b, ..., i) -> (b, o, i): of each record, the sum over its positions."""
-    return torch.bmm(g.reshape(len(g), -1, g.shape[-1]).transpose(1, 2), x.reshape(len(x), -1, x.shape[-1]))
+    return torch.bmm(g.reshape(len(g), -1, g.shape[-1]).transpose(1, 2), x.reshape(len(x), -1, x.shape[-1]).to(g.dtype))
 
 
 def _over_positions(g: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from privacy.canonical import digest, labelled_hash
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import Refused, UsageError
 from strategies.adapter import HEAD, AdapterSpec
+from strategies.attention import attention
 from strategies.base import CORE, RESIDUAL, Rule
 from strategies.forms import Residuals, add_cores, as_plain_lora, saved_name
 from strategies.linear import Ffa
@@ -116,7 +117,7 @@ class TextClassifier:
         self.terms = model
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         base = AutoModel.from_pretrained(folder, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                                         dtype=torch.float32)
+                                         dtype=torch.float32, attn_implementation=attention())
         base.eval().requires_grad_(False)
         self._find_layers(base)
         self.adapted = sorted({self._layer_index(i) for i in lora.layers})

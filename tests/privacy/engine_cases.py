@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from strategies.attention import attention
+
 RECORDS, LENGTH, VOCAB, CLASSES = 12, 10, 31, 3
 
 
@@ -84,24 +86,26 @@ def answer_tokens(module: Any, ids: torch.Tensor, mask: torch.Tensor, _targets: 
 def _llama(**changes: Any) -> Any:
     return LlamaForCausalLM(LlamaConfig(**{
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0, "initializer_range": 0.3, **changes}))
+        "num_key_value_heads": 2, "tie_word_embeddings": False, "pad_token_id": 0, "initializer_range": 0.3,
+        "attn_implementation": attention(), **changes}))
 
 
 def _bert() -> Any:
     return BertForSequenceClassification(BertConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_labels=CLASSES, max_position_embeddings=LENGTH, initializer_range=0.3))
+        num_labels=CLASSES, max_position_embeddings=LENGTH, initializer_range=0.3, attn_implementation=attention()))
 
 
 def _albert() -> Any:
     return AlbertModel(AlbertConfig(vocab_size=VOCAB, embedding_size=8, hidden_size=16, intermediate_size=24,
                                     num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=LENGTH,
-                                    initializer_range=0.3), add_pooling_layer=False)
+                                    initializer_range=0.3, attn_implementation=attention()), add_pooling_layer=False)
 
 
 def _gpt2() -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=2, n_head=4, n_positions=LENGTH,
-                                      initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=0))
+                                      initializer_range=0.3, pad_token_id=0, bos_token_id=0, eos_token_id=0,
+                                      attn_implementation=attention()))
 
 
 def _lora(*targets: str, **changes: Any) -> LoraConfig:
