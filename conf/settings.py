@@ -6,15 +6,19 @@ from typing import Literal
 
 from pydantic import Field
 
-from privacy.contract import LoraTerms, Name, PrivacyTerms, RuleTerms, SignOff, TensorRange, Terms
+from privacy.contract import ChatTerms, LoraTerms, Name, PrivacyTerms, RuleTerms, SignOff, TensorRange, Terms
 
 
 class ModelSettings(Terms):
     name: str = Field(description="written into the adapter's files in place of a path")
     path: str = Field(description="local Hugging Face folder")
+    task: Literal["classification", "causal_lm"] = "classification"
     pooling: Literal["mean", "cls"] = "mean"
     scale: float = Field(10.0, gt=0)
     max_length: int = Field(24, ge=2)
+    keep: bool = True
+    chat: ChatTerms | None = Field(None, description="of causal_lm: how the model is asked")
+    packing: bool = Field(False, description="refused: several records in a row have no gradients of their own")
 
 
 class SiteDeclaration(Terms):
@@ -24,7 +28,7 @@ class SiteDeclaration(Terms):
 
 
 class Evaluation(Terms):
-    """A public labelled split that no site trains on."""
+    """A public split that no site trains on; text and label name its columns, as in `DataSettings`."""
 
     file: str | None = None
     name: str = "public split"
@@ -36,8 +40,8 @@ class DataSettings(Terms):
     name: str
     labels: tuple[str, ...] | None = Field(None, description="null: the labels of the public evaluation split")
     floor: int = Field(50, ge=1)
-    text: str = "text"
-    label: str = "label"
+    text: str = Field("text", description="column of what the model reads: a text, or a prompt")
+    label: str = Field("label", description="column of what it learns to give: a label, or an answer")
     person: str | None = Field(None, description="column of the person's key, where the privacy unit is a person")
     sites: dict[Name, SiteDeclaration] = Field(default_factory=dict)
     evaluation: Evaluation = Evaluation()

@@ -84,15 +84,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def adapter_tensors_digest(folder: Path) -> str:
-    """`strategies.adapter.adapter_digest` of a PEFT folder with a head, "" if it holds none."""
+    """`strategies.adapter.adapter_digest` of a PEFT folder, with its head if it has one; "" if it holds none."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     from strategies.adapter import adapter_digest
 
     try:
-        head = {f"head.{name}": value for name, value in load_file(folder / "head.safetensors").items()}
-        return adapter_digest({**load_file(folder / "adapter_model.safetensors"), **head})
+        tensors, head = load_file(folder / "adapter_model.safetensors"), folder / "head.safetensors"
+        if head.exists():
+            tensors |= {f"head.{name}": value for name, value in load_file(head).items()}
+        return adapter_digest(tensors)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError):
         return ""
 

@@ -137,18 +137,18 @@ class Doctor:
                 f"until {papers.contract.expires}")
 
     def _model(self) -> str:
-        from strategies.model import check_folder
+        from strategies.folder import check_folder
 
         check_folder(Path(self._settings.model.path), Papers.load(self._site, record=False).contract.model)
         return "weights, tokenizer and chat template are the contract's"
 
     def _data(self) -> str:
         from privacy.population import Population
-        from strategies.records import LabelledFile
+        from strategies.examples import open_examples
 
         contract, site = Papers.load(self._site, record=False).contract, self._site
-        records = LabelledFile(Path(site.data), contract.data.labels, text=site.text, label=site.label,
-                               person=site.person if contract.privacy.unit == "person" else None)
+        records = open_examples(Path(site.data), contract, text=site.text, label=site.label,
+                                person=site.person if contract.privacy.unit == "person" else None)
         units = Population(len(records), contract.mechanism(site.name), owners=records.owners, lineage="",
                            contents=records.contents).units
         if units < contract.data.floor:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,15 +18,10 @@ from privacy.errors import Refused
 from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.base import ranks, widened
+from strategies.examples import open_examples
 from strategies.model import build
 from strategies.prox import local_step
-from strategies.records import load_records
 from strategies.rules import Rule, rule
-
-if TYPE_CHECKING:
-    import torch
-
-PROBE = "A synthetic record, no one's."  # after the site's own, so that it is never sampled
 
 
 class Trainer(Protocol):
@@ -46,31 +41,21 @@ class LocalTrainer:
                  person: str | None = None, lineage: str = "", engine: Engine = "auto") -> None:
         self._contract, self._site, self._local_lr = contract, site, contract.rule.local_lr
         by_person = contract.privacy.unit == "person"
-        records = load_records(data, contract.data.labels, text=text, label=label, person=person if by_person else None)
+        records = open_examples(data, contract, text=text, label=label, person=person if by_person else None)
         self._population = Population(len(records), contract.mechanism(site), owners=records.owners, lineage=lineage,
                                       contents=records.contents)
         if self._population.units < contract.data.floor:
             raise Refused("data.floor", "The site has fewer units than the contract's floor.",
                           "Take no part in this contract, or ask for a lower floor.")
-        self._probe = len(records)
+        self._probe = len(records)  # the row of a synthetic record, never sampled
         self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
         self._rank = ranks(self._rule, contract)[[s.name for s in contract.sites].index(site)]
-        classifier = build(model, contract, self._rank)
-        self._classifier, own = classifier, classifier.spec(self._rule.trains)
+        self._model = build(model, contract, self._rank)
+        own = self._model.spec(self._rule.trains)
         self.spec = AdapterSpec(widened(own.shapes, contract.lora.r), own.trained)
         self._own, self._places = own, _places(self._rule, self.spec, own, self._rank)
-        batch = classifier.encode([*records.texts, PROBE])
-        labels, valid = _as_tensors(np.append(records.labels, 0), np.append(records.valid, True))
-
-        def losses(rows: NDArray[np.int64]) -> torch.Tensor:
-            import torch
-
-            logits = classifier.module(batch.take(rows))
-            each = torch.nn.functional.cross_entropy(logits, labels[rows], reduction="none")
-            return each * valid[rows]  # an invalid record has a zero gradient
-
-        trained = {n: classifier.parameters[n] for n, _ in own.sizes}
-        self._grads = gradients(engine, classifier.module, trained, losses)
+        trained = {n: self._model.parameters[n] for n, _ in own.sizes}
+        self._grads = gradients(engine, self._model.module, trained, self._model.losses(records))
 
     def probe(self) -> None:
         """One backward pass of a synthetic record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
@@ -83,7 +68,7 @@ class LocalTrainer:
                                            [count for _, count in self._own.sizes]))
         begun, moved = self._rule.own(adapter, self._rank), np.zeros(self._own.dim, np.float32)
         for _ in range(mechanism.steps):
-            self._classifier.load(self._own.add(begun, moved))
+            self._model.load(self._own.add(begun, moved))
             mean = noisy_mean(self._grads, self._population, mechanism, size, columns)
             moved[columns] = local_step(moved[columns], mean, local_lr=self._local_lr, mu=self._contract.rule.mu)
         change = np.zeros(self.spec.dim, np.float32)
@@ -97,9 +82,3 @@ def _places(rule: Rule, whole: AdapterSpec, own: AdapterSpec, rank: int) -> NDAr
     numbers = np.split(np.arange(whole.dim), np.cumsum(sizes)[:-1])
     mine = rule.own({n: v.reshape(dict(whole.shapes)[n]) for n, v in zip(names, numbers, strict=True)}, rank)  # type: ignore[misc]
     return np.concatenate([mine[name].ravel() for name, _ in own.sizes]).astype(np.int64)
-
-
-def _as_tensors(labels: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[torch.Tensor, torch.Tensor]:
-    import torch
-
-    return torch.from_numpy(labels), torch.from_numpy(valid.astype(np.float32))

@@ -19,13 +19,14 @@ from privacy.contract import (
     SiteTerms,
     validate,
 )
-from privacy.errors import UsageError
+from privacy.errors import Refused, UsageError
 from privacy.mechanism import default_delta
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort, least_survivors, least_threshold
 from privacy.signing import code_digest
 from strategies.base import ranks
-from strategies.model import folder_digests
+from strategies.causal import metrics
+from strategies.folder import folder_digests
 from strategies.optimizers import optimizer
 from strategies.records import public_labels
 from strategies.rules import rule
@@ -45,19 +46,35 @@ def make_contract(settings: Settings, signers: Mapping[str, str]) -> Contract:
                          "Issue certificates with fl-ca, and make a new roster.")
     combine = rule(settings.rule.name, secure=settings.secure_aggregation.enabled)
     optimizer(settings.rule.optimizer)
-    model, digests = settings.model, folder_digests(Path(settings.model.path))
+    model = _model(settings)
     contract = Contract(
         run=secrets.token_hex(16), purpose=settings.purpose, sign_off=settings.contract.sign_off,
-        expires=_expiry(settings.contract.days), code_version=__version__, code=code_digest(),
-        model=ModelTerms(**digests._asdict(), pooling=model.pooling, scale=model.scale, max_length=model.max_length),
-        data=DataTerms(name=settings.data.name, labels=_labels(settings), floor=settings.data.floor,
-                       fields=("text", "label", "person") if settings.privacy.unit == "person" else ("text", "label")),
+        expires=_expiry(settings.contract.days), code_version=__version__, code=code_digest(), model=model,
+        metrics=("accuracy",) if model.chat is None else metrics(model.chat), data=_data(settings),
         lora=settings.lora.model_copy(update={"seed": settings.seed}), rule=settings.rule,
         privacy=_privacy(settings), secagg=_secagg(settings, len(names)),
         sites=tuple(_site(settings, name, signers[name]) for name in names))
     ranks(combine, contract)
     sites = tuple(s.model_copy(update={"sigma": _sigma(settings, contract, s)}) for s in contract.sites)
     return validate(Contract, contract.model_copy(update={"sites": sites}).model_dump(mode="json"))
+
+
+def _model(settings: Settings) -> ModelTerms:
+    if settings.model.packing:
+        raise Refused("model.packing", "Packing puts several records into one row, whose gradient is then no one's own.",
+                      "Leave model.packing false; model.max_length sets what a row costs.")
+    digests = folder_digests(Path(settings.model.path))
+    return validate(ModelTerms, digests._asdict() | settings.model.model_dump(exclude={"name", "path", "packing"}))
+
+
+def _data(settings: Settings) -> DataTerms:
+    data, classes = settings.data, settings.model.task == "classification"
+    fields = [*(("text", "label") if classes else ("prompt", "answer")),
+              *(["person"] if settings.privacy.unit == "person" else [])]
+    if data.labels and not classes:
+        raise UsageError("contract.labels", "Answers of a causal language model are no labels.", "Leave data.labels null.")
+    labels = _labels(settings) if classes else ()
+    return validate(DataTerms, {"name": data.name, "labels": labels, "floor": data.floor, "fields": fields})
 
 
 def _expiry(days: int) -> str:

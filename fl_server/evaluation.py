@@ -1,7 +1,8 @@
-"""What the coordinator may measure: accuracy on a public split that no site trains on."""
+"""What the coordinator may measure: the contract's metrics on a public split that no site trains on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,31 +10,30 @@ from conf.settings import Evaluation
 from privacy.contract import Contract
 from privacy.errors import UsageError
 from strategies.adapter import Tensors
-from strategies.model import TextClassifier
-from strategies.records import load_records
+from strategies.examples import open_examples
+from strategies.lora_model import LoraModel
 
 
 @dataclass(frozen=True)
 class Score:
-    accuracy: float
+    """values: by name of the metric, in the contract's order. units: records that they are over."""
+
+    values: Mapping[str, float]
     units: int
 
 
 class PublicSplit:
-    """The split, encoded once. None configured: every score has 0 units."""
+    """The split, prepared once. Raises UsageError `evaluation.missing`, and as `Table.open`."""
 
-    def __init__(self, model: TextClassifier, contract: Contract, split: Evaluation) -> None:
+    def __init__(self, model: LoraModel, contract: Contract, split: Evaluation) -> None:
         self._model, self.name = model, split.name
         if split.file is None:
             raise UsageError("evaluation.missing", "There is no public split to measure on.",
                              "Set data.evaluation.file to a public labelled file.")
-        records = load_records(Path(split.file), contract.data.labels, text=split.text, label=split.label)
-        self._labels, self._valid = records.labels, records.valid
-        self._batch = model.encode(records.texts)
+        records = open_examples(Path(split.file), contract, text=split.text, label=split.label).load()
+        self._units, self._measure = int(records.valid.sum()), model.measure(records)
 
     def score(self, adapter: Tensors) -> Score:
-        """accuracy: 0..1 over the valid records."""
+        """Over the valid records."""
         self._model.load(adapter)
-        right = (self._model.logits(self._batch).argmax(axis=1) == self._labels) & self._valid
-        units = int(self._valid.sum())
-        return Score(float(right.sum()) / max(units, 1), units)
+        return Score(self._measure(), self._units)

@@ -34,14 +34,14 @@ class Reporter:
     def __call__(self, event: dict[str, Any]) -> None:
         kind = event["event"]
         if kind == "start":
-            self.say(f"start: accuracy {event['accuracy']:.3f} on the public split")
+            self.say(f"start: {_said(event)} on the public split")
         elif kind == "round":
             if self._bar:
                 self._task = self._bar.add_task("rounds", total=event["rounds"]) if self._task is None else self._task
                 self._bar.update(self._task, completed=event["round"],
-                                 description=f"rounds, accuracy {event['accuracy']:.3f}")
+                                 description=f"rounds, {_said(event)}")
             elif event["measured"]:
-                self.say(f"round {event['round']} of {event['rounds']}: accuracy {event['accuracy']:.3f}")
+                self.say(f"round {event['round']} of {event['rounds']}: {_said(event)}")
         elif kind == "void":
             self.say(f"round {event['round']} void: {event['reason']} {' '.join(event['sites'])}")
         elif kind == "silent":
@@ -49,3 +49,7 @@ class Reporter:
 
     def say(self, text: str) -> None:
         self._console.print(f"[{time.monotonic() - self._start:5.1f} s] {text}", highlight=False, markup=False)
+
+
+def _said(event: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in event["metrics"].items())

@@ -63,7 +63,7 @@ def recover(contract: Contract, spec: AdapterSpec, folder: Path, events: list[di
         raise Refused("run.ended", "This run has ended.", "Another run needs a new folder and a contract of its own.")
     attempts = _said(bundle, "round")
     rounds = [said for said in attempts if said["outcome"] == "done"]
-    scores = {s["round"]: Score(float(s["metric"]), s["units"]) for s in _said(bundle, "evaluation")}
+    scores = _scores(contract, _said(bundle, "evaluation"))
     lineages = {s["site"]: s["lineage"] for s in _said(bundle, "acceptance")}
     at = Position(start.adapter, start.state, len(rounds), 0, len(attempts) - len(rounds), scores,
                   lineages if len(lineages) == len(contract.sites) else {}, stated=attempts)
@@ -73,6 +73,15 @@ def recover(contract: Contract, spec: AdapterSpec, folder: Path, events: list[di
     at.attempt = 1 + max((a for r, a in begun if r == at.done + 1), default=-1)
     at.torn = bool(begun) and begun[-1] not in {(s["round"], s["attempt"]) for s in attempts}
     return at
+
+
+def _scores(contract: Contract, said: list[dict[str, Any]]) -> dict[int, Score]:
+    """By round, where every metric was stated: a crash in between has it measured again."""
+    found: dict[int, Score] = {}
+    for s in said:
+        before = found.get(s["round"], Score({}, s["units"]))
+        found[s["round"]] = Score({**before.values, s["metric_name"]: float(s["metric"])}, s["units"])
+    return {no: score for no, score in found.items() if score.values.keys() == set(contract.metrics)}
 
 
 def _load_state(path: Path, spec: AdapterSpec, digest: str) -> tuple[Tensors, Tensors]:

@@ -37,7 +37,7 @@ from privacy.secagg.peers import CheckCertificate
 from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
 from strategies.base import Round
-from strategies.model import TextClassifier
+from strategies.lora_model import LoraModel
 from strategies.optimizers import stepped
 from strategies.rules import rule
 
@@ -57,12 +57,18 @@ class Result:
     epsilon: Mapping[str, str]
     seconds: Mapping[str, float]
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """accuracy_before, accuracy_after, and so on for every metric, the headline first."""
+        return {f"{name}_{when}": score.values[name] for name in self.after.values
+                for when, score in (("before", self.before), ("after", self.after))}
+
 
 class Run:
     """`folder` receives journal.jsonl, rounds/NNNN/ (PEFT folders), adapter/, evidence/. signed: the engineer's name and
     envelope on the contract."""
 
-    def __init__(self, contract: Contract, model: TextClassifier, base_name: str, split: PublicSplit,
+    def __init__(self, contract: Contract, model: LoraModel, base_name: str, split: PublicSplit,
                  exchange: Exchange, *, name: str, signer: Signer, bundle: BundleWriter, log: TransparencyLog,
                  signed: tuple[str, bytes], folder: Path, deadlines: Deadlines, check_certificate: CheckCertificate,
                  certificates: Mapping[str, Certificate], evaluate_every: int, progress: Progress) -> None:
@@ -91,7 +97,7 @@ class Run:
         try:
             self._accept(at)
             self._publish()
-            self._progress({"event": "start", "accuracy": before.accuracy, "done": at.done})
+            self._progress({"event": "start", "metrics": before.values, "done": at.done})
             if at.done:
                 after = at.scores[max(at.scores)]
             for round_no in range(at.done + 1, last + 1):
@@ -103,7 +109,7 @@ class Run:
                 measured = round_no == last or round_no % self._evaluate_every == 0
                 after = self._score(round_no, at.adapter, at) if measured else after
                 self._publish()
-                self._progress({"event": "round", "round": round_no, "rounds": last, "accuracy": after.accuracy,
+                self._progress({"event": "round", "round": round_no, "rounds": last, "metrics": after.values,
                                 "measured": measured})
         except BaseException as e:
             outcome = _code(e)
@@ -213,10 +219,11 @@ class Run:
         folder = self._folder / "adapter"
         shutil.rmtree(folder, ignore_errors=True)
         self._model.save(folder, adapter, self._base_name)
-        write_card(folder, self.contract, self._base_name, rounds, before.accuracy, after.accuracy, self._split.name)
+        write_card(folder, self.contract, self._base_name, rounds, before, after, self._split.name)
+        name = self.contract.metrics[0]
         self._state("release", ("adapter", adapter_digest(adapter)), {
-            "adapter": adapter_digest(adapter), "rounds": rounds, "metric_name": "accuracy",
-            "metric_before": decimal(before.accuracy), "metric_after": decimal(after.accuracy),
+            "adapter": adapter_digest(adapter), "rounds": rounds, "metric_name": name,
+            "metric_before": decimal(before.values[name]), "metric_after": decimal(after.values[name]),
             "split": self._split.name, "units": after.units})
 
     def _close(self) -> dict[str, str]:
@@ -266,9 +273,10 @@ class Run:
         if round_no in at.scores:
             return at.scores[round_no]
         score: Score = self._timed("evaluation", lambda: self._split.score(adapter))
-        self._state("evaluation", ("adapter", adapter_digest(adapter)), {
-            "round": round_no, "adapter": adapter_digest(adapter), "metric_name": "accuracy",
-            "metric": decimal(score.accuracy), "split": self._split.name, "units": score.units})
+        for name in self.contract.metrics:
+            self._state("evaluation", ("adapter", adapter_digest(adapter)), {
+                "round": round_no, "adapter": adapter_digest(adapter), "metric_name": name,
+                "metric": decimal(score.values[name]), "split": self._split.name, "units": score.units})
         at.scores[round_no] = score
         return score
 

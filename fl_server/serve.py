@@ -109,9 +109,8 @@ def _control_plane(settings: Settings, contract: Contract) -> Iterator[ControlSe
 
 def _metrics(contract: Contract, result: Result, ready_s: float, total_s: float) -> dict[str, Any]:
     cpu = resource.getrusage(resource.RUSAGE_SELF)
-    return {"run": contract.run, "contract": contract.digest, "accuracy_before": result.before.accuracy,
-            "accuracy_after": result.after.accuracy, "units": result.after.units, "rounds": result.rounds,
-            "void": result.void, "epsilon": {name: float(e) for name, e in result.epsilon.items()},
+    return {"run": contract.run, "contract": contract.digest, **result.metrics, "units": result.after.units,
+            "rounds": result.rounds, "void": result.void, "epsilon": {name: float(e) for name, e in result.epsilon.items()},
             "epsilon_budget": contract.privacy.epsilon,
             "seconds": {"until_all_online": round(ready_s, 2), "total": round(total_s, 2),
                         **{k: round(v, 2) for k, v in result.seconds.items()}},

@@ -28,20 +28,49 @@ class Terms(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class ChatTerms(Terms):
+    """How a causal language model is asked, and what of its answers is measured. All of it is public."""
+
+    system: str | None = Field(None, min_length=1, max_length=4000, description="system message before every prompt")
+    plain: str | None = Field(None, max_length=4000, description="template with {prompt}, in place of the model's own")
+    max_answer: int = Field(32, ge=2, description="tokens of an answer with its end; longer ones are cut")
+    separator: str | None = Field(None, min_length=1, max_length=20, description="an answer up to it is scored by itself")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.plain is not None and "{prompt}" not in self.plain:
+            raise ValueError("the plain template has no {prompt}")
+        if self.plain is not None and self.system is not None:
+            raise ValueError("a plain template holds what a system message would say")
+        return self
+
+
 class ModelTerms(Terms):
     weights: Sha256 = Field(description="digest of config and weights of the base model's folder")
     tokenizer: Sha256
     chat_template: Sha256 | None = Field(None, description="of its text; null where the tokenizer has none")
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "causal_lm"] = "classification"
     pooling: Literal["mean", "cls"] = "mean"
     scale: float = Field(10.0, gt=0, description="factor on the L2-normalised sentence vector")
     max_length: int = Field(24, ge=2, le=8192, description="tokens; every record is padded or cut to it")
+    keep: bool = Field(True, description="of every record keep its tokens and what the layers below the adapters make of "
+                       "them: max_length x width x 4 bytes each; false: read and compute them in every step")
+    chat: ChatTerms | None = Field(None, description="of causal_lm")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.task == "causal_lm") != (self.chat is not None):
+            raise ValueError("chat is given exactly when the task is causal_lm")
+        if self.chat is not None and self.chat.max_answer >= self.max_length:
+            raise ValueError("max_answer leaves no room for a prompt in max_length")
+        return self
 
 
 class DataTerms(Terms):
     name: str = Field(min_length=1, max_length=200)
-    fields: tuple[Literal["text", "label", "person"], ...] = Field(("text", "label"), description="schema of a record")
-    labels: tuple[str, ...] = Field(min_length=2, max_length=10_000)
+    fields: tuple[Literal["text", "label", "prompt", "answer", "person"], ...] = Field(
+        ("text", "label"), description="schema of a record")
+    labels: tuple[str, ...] = Field((), max_length=10_000, description="classes; none for causal_lm")
     floor: int = Field(50, ge=1, description="least number of units of a site, decided at approval")
 
 
@@ -164,6 +193,11 @@ class Contract(Terms):
             raise ValueError("two sites share a name or a certificate")
         if ("person" in self.data.fields) != (self.privacy.unit == "person"):
             raise ValueError("the schema holds a person exactly when the unit is one")
+        classes = self.model.task == "classification"
+        if self.data.fields[:2] != (("text", "label") if classes else ("prompt", "answer")):
+            raise ValueError("the schema isn't the task's")
+        if len(self.data.labels) < 2 if classes else self.data.labels:
+            raise ValueError("classification needs two labels or more, and causal_lm none")
         datetime.fromisoformat(self.expires)
         return self
 

@@ -36,8 +36,10 @@ def _deployment(report: dict[str, Any]) -> Iterator[Row]:
     curators = ", ".join(dict.fromkeys(a["organisation"] for a in report["approvals"]))
     yield "data_curators", "Data curators", "数据管理方", curators, "", ""
     yield "intended_use", "Intended use", "预期用途", c["purpose"], "", ""
-    yield ("data_product", "Product", "数据产品", f"one adapter of a language model and its head, {c['labels']} labels",
-           f"一个语言模型的适配器及其分类头，{c['labels']} 个标签", "")
+    yield ("data_product", "Product", "数据产品", *((
+        f"one adapter of a language model and its head, {c['labels']} labels",
+        f"一个语言模型的适配器及其分类头，{c['labels']} 个标签") if c["labels"] else (
+        "one adapter of a language model that generates text", "一个生成文本的语言模型的适配器")), "")
     yield "base_model", "Base model", "基础模型摘要", c["model"], "", ""
     yield ("rounds", "Rounds", "轮数",
            f"{r['done']} done, void attempts: {r['void']}, planned: {r['planned']}, retries paid for: {r['retries']}",

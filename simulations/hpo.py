@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 Row = tuple[str, str, str]  # phrase, term, organ system
@@ -22,18 +23,40 @@ PUBLIC_SHARE, HOME_SHARE = 0.2, 0.7
 HOSPITALS = ("hospital-a", "hospital-b", "hospital-c", "hospital-d")
 # The hospital that specialises in a class, by the class's rank in size: it gets 70 % of its terms.
 HOME = (0, 1, 2, 3, 1, 2, 3, 2, 3, 1, 1)
+CHAT_PUBLIC = 400  # answers are generated for each of them, which takes a while
+_ORGAN = re.compile(r"^Abnormality of (the )?")
 _SYNONYM = re.compile(r'synonym: "((?:[^"\\]|\\.)*)" \w+ layperson')
 
 
 def prepare(obo: Path, folder: Path) -> dict[str, Path]:
     """Write one CSV (text, label) per hospital and public.csv, unless they are there. Returns name -> file."""
     files = {name: folder / f"{name}.csv" for name in (*HOSPITALS, "public")}
-    if all(f.is_file() for f in files.values()):
-        return files
-    rows = phrases(obo)
+    if not all(f.is_file() for f in files.values()):
+        split = _split(phrases(obo))
+        for name, file in files.items():
+            _write(file, split[name])
+    return files
+
+
+def prepare_chat(obo: Path, folder: Path) -> dict[str, Path]:
+    """The same split as instructions: one JSONL (prompt, completion) per hospital, and 400 held-out phrases in public.
+    A completion is "organ system: clinical term", such as "eye: Cataract"."""
+    files = {name: folder / f"{name}-chat.jsonl" for name in (*HOSPITALS, "public")}
+    if not all(f.is_file() for f in files.values()):
+        split, names = _split(phrases(obo)), dict(_names(obo))
+        split["public"] = sorted(split["public"], key=lambda row: _unit("chat", row[0]))[:CHAT_PUBLIC]
+        for name, file in files.items():
+            lines = [{"prompt": text, "completion": f"{_ORGAN.sub('', label)}: {names[term]}"}
+                     for text, term, label in split[name]]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return files
+
+
+def _split(rows: list[Row]) -> dict[str, list[Row]]:
     ranked = [name for name, _ in Counter(label for _, _, label in rows).most_common()]
     home = dict(zip(ranked, HOME, strict=True))
-    split: dict[str, list[Row]] = {name: [] for name in files}
+    split: dict[str, list[Row]] = {name: [] for name in (*HOSPITALS, "public")}
     for row in rows:
         _, term, label = row
         if _unit("public", term) < PUBLIC_SHARE:
@@ -42,9 +65,7 @@ def prepare(obo: Path, folder: Path) -> dict[str, Path]:
             split[HOSPITALS[home[label]]].append(row)
         else:
             split[HOSPITALS[int(_unit("other", term) * len(HOSPITALS))]].append(row)
-    for name, file in files.items():
-        _write(file, split[name])
-    return files
+    return split
 
 
 def phrases(obo: Path) -> list[Row]:
@@ -76,6 +97,18 @@ def phrases(obo: Path) -> list[Row]:
     rows = sorted({(text, t, names[next(iter(organs(t)))]) for text, t in spoken if len(organs(t)) == 1})
     sizes = Counter(label for _, _, label in rows)
     return [row for row in rows if sizes[row[2]] >= LEAST]
+
+
+def _names(obo: Path) -> Iterator[tuple[str, str]]:
+    """Term and its clinical name."""
+    term = ""
+    with obo.open(encoding="utf-8") as f:
+        for line in map(str.rstrip, f):
+            if line.startswith("id: HP:"):
+                term = line[4:]
+            elif term and line.startswith("name: "):
+                yield term, line[6:]
+                term = ""
 
 
 def _unit(salt: str, term: str) -> float:

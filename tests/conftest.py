@@ -2,7 +2,8 @@
 
 tiny_model: Path of a Hugging Face folder (2 layers of width 32). tiny_labels: its classes. tiny_data: CSVs (text,label)
 under "site-a", "site-b", "site-c" and "public". tiny_contract: a function that makes a contract on them, sections
-changed by keyword: `tiny_contract(privacy={"q": 1.0}, sites=("site-a",))`.
+changed by keyword: `tiny_contract(privacy={"q": 1.0}, sites=("site-a",))`. tiny_llm, tiny_instructions: the same for a
+causal language model (llm_kit.py).
 """
 
 from __future__ import annotations
@@ -62,6 +63,22 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests import llm_kit
+
+    words = [*FILLER, *RULE, *(word for group in RULE.values() for word in group)]
+    return llm_kit.tiny_llm(tmp_path_factory.mktemp("tiny-llm"), words)
+
+
+@pytest.fixture(scope="session")
+def tiny_instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """JSONL files (prompt, completion) under the names of tiny_data and "site-d"."""
+    from tests import llm_kit
+
+    return llm_kit.instructions(tmp_path_factory.mktemp("tiny-instructions"), SIZES | {"site-d": 60}, RULE, FILLER)
+
+
+@pytest.fixture(scope="session")
 def tiny_labels() -> tuple[str, ...]:
     return tuple(RULE)
 
@@ -84,7 +101,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_contract(tiny_model: Path, tiny_labels: tuple[str, ...]) -> Callable[..., Contract]:
-    from strategies.model import folder_digests
+    from strategies.folder import folder_digests
 
     def make(*, sites: Sequence[str] = ("site-a", "site-b", "site-c"), site: dict[str, Any] | None = None,
              **sections: Any) -> Contract:

@@ -66,8 +66,8 @@ def test_learns_the_rule(place: Place) -> None:
     for _ in range(30):
         adapter = trainer.spec.add(adapter, np.float32(0.5) * trainer.train(adapter, 1))
     public = load_records(place.data["public"], place.exact().data.labels)
-    trainer._classifier.load(adapter)
-    right = trainer._classifier.logits(trainer._classifier.encode(public.texts)).argmax(axis=1) == public.labels
+    trainer._model.load(adapter)
+    right = trainer._model.logits(trainer._model.encode(public.texts)).argmax(axis=1) == public.labels
     assert right.mean() > 0.8
 
 
@@ -163,7 +163,7 @@ def test_record_that_breaks_in_training_is_silent_and_alone(place: Place, kind: 
     rows[7] = (CANARY, "no such")
     without = change(place.trainer(rows))
     trainer = place.trainer()
-    honest, victim = trainer._classifier.module, trainer._classifier.encode([place.rows[7][0]]).input_ids
+    honest, victim = trainer._model.module, trainer._model.encode([place.rows[7][0]]).input_ids
     capfd.readouterr()
     caplog.set_level(logging.DEBUG)
 
@@ -174,7 +174,7 @@ def test_record_that_breaks_in_training_is_silent_and_alone(place: Place, kind: 
             raise RuntimeError(CANARY)
         return torch.where(hit[:, None], torch.nan, logits)
 
-    trainer._classifier.module = module
+    trainer._model.module = module
     np.testing.assert_array_equal(change(trainer), without)
     assert CANARY not in "".join(capfd.readouterr()) + caplog.text
 
@@ -192,27 +192,27 @@ def test_probe_is_never_sampled(place: Place, monkeypatch: pytest.MonkeyPatch) -
 
 def test_probe_passes_and_leaves_the_fresh_adapter(place: Place) -> None:
     trainer = place.trainer()
-    trainer._classifier.load(initial(trainer.spec, 0))
-    before = [p.detach().clone() for p in trainer._classifier.parameters.values()]
+    trainer._model.load(initial(trainer.spec, 0))
+    before = [p.detach().clone() for p in trainer._model.parameters.values()]
     trainer.probe()
-    assert all(torch.equal(p, b) for p, b in zip(trainer._classifier.parameters.values(), before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(trainer._model.parameters.values(), before, strict=True))
 
 
 def adapters_disabled(trainer: LocalTrainer) -> None:
-    trainer._classifier.peft.disable_adapter_layers()
+    trainer._model.peft.disable_adapter_layers()
     for p in trainer._grads.parameters.values():
         p.requires_grad_(True)
 
 
 def scaled_to_nothing(trainer: LocalTrainer) -> None:
-    for layer in trainer._classifier.peft.modules():
+    for layer in trainer._model.peft.modules():
         if hasattr(layer, "lora_A"):
             layer.scaling["default"] = 0.0
 
 
 def cut_off(trainer: LocalTrainer) -> None:
-    honest = trainer._classifier.module
-    trainer._classifier.module = lambda batch: honest.head(batch.hidden.mean(dim=1))
+    honest = trainer._model.module
+    trainer._model.module = lambda batch: honest.head(batch.hidden.mean(dim=1))
 
 
 @pytest.mark.parametrize("freeze", [adapters_disabled, scaled_to_nothing, cut_off])

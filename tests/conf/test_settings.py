@@ -15,7 +15,8 @@ SECRET = "canary-93bf"
 FOLDER = Path(conf.__file__).parent
 GROUPS = sorted(p.name for p in FOLDER.iterdir() if p.is_dir() and list(p.glob("*.yaml")))
 # what `???` asks of the user
-GIVEN = {"model": {"local": ["model.name=m", "model.path=/m"]}, "data": {"files": ["data.name=d"]}}
+MODEL, DATA = ["model.name=m", "model.path=/m"], ["data.name=d"]
+GIVEN = {"model": {"local": MODEL, "local_llm": MODEL}, "data": {"files": DATA, "instructions": DATA}}
 
 
 def refusal(*overrides: str) -> UsageError:

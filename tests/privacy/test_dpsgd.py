@@ -22,7 +22,7 @@ from privacy.engine import Engine, gradients
 from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism, declared, default_delta
 from privacy.population import Draw, Population
-from strategies.model import Batch, TextClassifier
+from strategies.classifier import Batch, TextClassifier
 
 Vector = NDArray[np.float64]
 WORDS = ("chest", "cough", "rash", "a", "my", "night", "unheardof", "?")

@@ -17,9 +17,9 @@ from privacy.contract import Contract
 from privacy.dpsgd import PerSampleGradients
 from strategies.adapter import HEAD, initial
 from strategies.base import CORE, RESIDUAL, Rule
+from strategies.classifier import TextClassifier
 from strategies.exact import Exact
 from strategies.fedsb import FedSb
-from strategies.model import TextClassifier
 from strategies.plaintext import Flora
 from strategies.rules import RULES
 

@@ -22,7 +22,9 @@ from transformers import AutoModel, AutoTokenizer
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import ConsiloError, Refused, UsageError
 from strategies.adapter import HEAD, initial
-from strategies.model import ENCODE_BATCH, TOKENIZER_FILES, TextClassifier, build, check_folder, folder_digests
+from strategies.classifier import ENCODE_BATCH, TextClassifier
+from strategies.folder import TOKENIZER_FILES, check_folder, folder_digests
+from strategies.model import build
 
 TEXTS = ["a cough", "", "my chest hurt very much since monday and my breath is slow " * 3, "rash ?!", "pulse pulse"]
 CLASSES = 3
