@@ -1,23 +1,18 @@
-"""Post-processing: norm clip, FedProx after the noise, server optimisers, rounding to few bits."""
+"""Post-processing: norm clip, FedProx after the noise, server optimisers, few bits."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
 
 from privacy.contract import RuleTerms
-from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism
 from privacy.secagg.encoding import Encoding
 from strategies.clip import clip_norm, honest_norm, norm
 from strategies.optimizers import OPTIMIZERS, optimizer, stepped
 from strategies.prox import local_step
-from strategies.rounding import Grid
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -140,45 +135,13 @@ def test_fedyogi_forgets_a_large_change_more_slowly_than_fedadam() -> None:
     assert v["fedyogi"] > 1.5 * v["fedadam"]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rounding_is_within_a_step_unbiased_and_linear(bits: int) -> None:
-    """alpha = 1e-4 over the mean of 200,000 draws of one value; planted: rounding to nearest is biased."""
-    grid, rng = Grid(bits=bits, range=2.0), np.random.default_rng(5)
-    values = rng.uniform(-2, 2, 5000).astype(np.float32)
-    rounded = grid.round(values, rng)
-    assert rounded.dtype == np.int8
-    assert np.abs(rounded).max() <= 2 ** (bits - 1) - 1
-    assert np.abs(rounded * grid.step - values).max() <= grid.step * (1 + 1e-6)
-    x = np.float32(0.3 * grid.step)
-    draws = grid.round(np.full(200_000, x), rng).astype(np.float64)
-    z = (draws.mean() - 0.3) / math.sqrt(0.3 * 0.7 / 200_000)
-    assert abs(z) < stats.norm.isf(0.5e-4)
-    assert abs((np.rint(0.3) - 0.3) / math.sqrt(0.3 * 0.7 / 200_000)) > 100
-    sites = [grid.round(values * f, rng) for f in (0.2, 0.5, 1.0)]
-    each = np.average([s * grid.step for s in sites], axis=0, weights=(1, 2, 3))
-    np.testing.assert_allclose(grid.mean(sites, (1, 2, 3)), each, rtol=1e-5, atol=1e-6)
-
-
-def test_rounding_clips_at_the_public_range() -> None:
-    grid = Grid(bits=8, range=1.0)
-    got = grid.round(np.array([5, -5, 1, -1, 0], np.float32), np.random.default_rng(0))
-    assert got.tolist() == [127, -127, 127, -127, 0]
-
-
-def test_grids_that_are_no_grids_are_refused() -> None:
-    for bits, bound in ((1, 1.0), (9, 1.0), (8, 0.0), (8, math.inf), (8, -1.0), (8, math.nan)):
-        with pytest.raises(UsageError) as caught:
-            Grid(bits=bits, range=bound)
-        assert caught.value.code == "rounding.grid"
-
-
-def test_a_grid_of_each_sites_own_range_would_mean_nothing() -> None:
-    """Planted: integers of two grids, added up and read on one of them."""
-    rng, x = np.random.default_rng(0), np.array([0.1, -0.4, 0.25], np.float32)
-    mine, other = Grid(bits=8, range=1.0), Grid(bits=8, range=0.5)
-    right = mine.mean([mine.round(x, rng), mine.round(x, rng)], (1, 1))
-    wrong = mine.mean([mine.round(x, rng), other.round(x, rng)], (1, 1))
-    assert np.abs(right - x).max() <= mine.step < 0.1 < np.abs(wrong - x).max()
+def test_a_range_of_each_sites_own_would_mean_nothing() -> None:
+    """8 bits on one public range; planted: integers of two ranges, added up and read on one of them."""
+    x = np.array([0.1, -0.4, 0.25], np.float32)
+    mine, other = (Encoding(bits=8, ring=16, cohort=2, ranges=((3, c),)) for c in (1.0, 0.5))
+    right = mine.decode_mean(mine.encode(x, 1.0) + mine.encode(x, 1.0), [1.0, 1.0])
+    wrong = mine.decode_mean(mine.encode(x, 1.0) + other.encode(x, 1.0), [1.0, 1.0])
+    assert np.abs(right - x).max() <= 1 / 127 < 0.1 < np.abs(wrong - x).max()
 
 
 @given(SEEDS, st.integers(2, 8), st.sampled_from([(8, 16), (12, 32), (24, 32)]))
