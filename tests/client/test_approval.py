@@ -67,6 +67,7 @@ def test_every_field_of_the_contract_is_in_the_list() -> None:
 
 
 @pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.case(35)
 def test_attack_contract_with_each_field_changed(people: People, tiny_contract: Make, tmp_path: Path, field: str) -> None:
     """A signature and an approval are of one contract: neither carries over to another."""
     contract, changed = tiny_contract(), tiny_contract(**{field: FIELDS[field]})
@@ -116,6 +117,7 @@ def test_a_forged_approval_file(people: People, tiny_contract: Make, tmp_path: P
             approved(contract, "site-a", POLICY, signer, tmp_path)
 
 
+@pytest.mark.case(35)
 def test_nobody_approved(people: People, tiny_contract: Make, tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"contract\.not_approved"):
         approved(tiny_contract(), "site-a", POLICY, people.signers["site-a"], tmp_path)

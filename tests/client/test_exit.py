@@ -26,17 +26,20 @@ def test_tagged_values_leave(charge: Charge) -> None:
 
 
 @pytest.mark.parametrize("body", [b"raw", "text", 0.93, LocalOnly(b"loss"), System("text"), None])
+@pytest.mark.case(38)
 def test_untagged_body_is_refused(body: Any) -> None:
     with pytest.raises(Refused, match=r"exit\.untagged"):
         Outgoing(body)
 
 
 @pytest.mark.parametrize("value", [np.zeros(2, np.float32), LocalOnly(np.zeros(2, np.float32)), System(b"x"), 3])
+@pytest.mark.case(38)
 def test_untagged_vector_is_refused(value: Any) -> None:
     with pytest.raises(Refused, match=r"exit\.untagged"):
         Outgoing(System(b""), {"metric": value})
 
 
+@pytest.mark.case(38)
 def test_a_forged_charge_is_none(charge: Charge) -> None:
     with pytest.raises(Refused, match=r"exit\.untagged"):
         Outgoing(System(b""), {"y": DpReleased(np.zeros(2, np.uint32), "paid")})  # type: ignore[arg-type]
@@ -50,6 +53,7 @@ def test_a_subclass_is_no_way_round() -> None:
         Outgoing(Sneaky(b"x"))
 
 
+@pytest.mark.case(38)
 def test_private_update_without_a_charge(tiny_contract: Any) -> None:
     contract: Contract = tiny_contract()
     with pytest.raises(Refused, match=r"exit\.uncharged"):

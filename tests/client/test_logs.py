@@ -36,6 +36,7 @@ def state(tmp_path: Path, console: io.StringIO) -> Iterator[Path]:
 @pytest.mark.parametrize("text", [
     KEY, KEY[:60], "token=abc123", "token: abc123", '"password": "abc123"', "Authorization: abc123", "bearer abc123",
     "SECRET abc123"])
+@pytest.mark.case(31)
 def test_secrets_are_cut_out(text: str) -> None:
     out = logs.redact(f"before {text} after")
     assert "before" in out and "abc123" not in out and "MC4C" not in out
@@ -56,6 +57,7 @@ def test_lines_are_json_without_an_exceptions_text(state: Path, console: io.Stri
     assert "4711" not in str(line)
 
 
+@pytest.mark.case(31)
 def test_a_library_that_logs_a_token(state: Path, console: io.StringIO) -> None:
     logging.getLogger("somebody").warning("sending token=%s\nnext line", "abc123")
     err = console.getvalue()

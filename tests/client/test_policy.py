@@ -49,6 +49,7 @@ def weights(make: Make, *values: float) -> Contract:
     ({"allow_non_private": False}, {}, {"privacy": NONE, "site": {"sigma": 0.0}}),
     ({"units": ["record"]}, {"privacy": {"unit": "record"}}, {"privacy": {"unit": "person", "sampled": "person"}}),
 ], ids=["epsilon", "delta", "sigma", "rule", "reveal_update", "non_private", "unit"])
+@pytest.mark.case(35)
 def test_each_limit_refuses_under_its_own_code(request: pytest.FixtureRequest, tiny_contract: Make, limit: Change,
                                                contract: Change, refusal: Change) -> None:
     assert code(tiny_contract(**contract), **limit) == "accepted"
@@ -64,6 +65,7 @@ def test_refusal_names_the_key_that_only_the_site_changes(tiny_contract: Make) -
         assert caught.value.exit_code == 3
 
 
+@pytest.mark.case(16)
 def test_cohort_limits(tiny_contract: Make) -> None:
     four = tiny_contract(sites=("site-a", "site-b", "site-c", "site-d"))
     assert code(tiny_contract(), min_cohort=3) == "accepted"
@@ -87,6 +89,7 @@ def test_weights_that_leave_a_site_alone_in_the_sum(tiny_contract: Make) -> None
     assert code(weights(tiny_contract, 1.0, 0.1, 0.0999), min_weight_ratio=0.1) == "policy.weights"
 
 
+@pytest.mark.case(6)
 def test_floor_is_decided_on_the_declared_size(tiny_contract: Make) -> None:
     assert code(tiny_contract(data={"floor": 70})) == "accepted"
     assert code(tiny_contract(data={"floor": 71})) == "data.floor"
@@ -105,6 +108,7 @@ def test_non_private_needs_leave(tiny_contract: Make) -> None:
 
 
 @pytest.mark.parametrize("change", [{"privacy": {"sampler": "shuffle"}}, {"privacy": {"adjacency": "replace_one"}}])
+@pytest.mark.case(4)
 def test_what_the_accountant_does_not_know_is_not_accepted(tiny_contract: Make, change: Change) -> None:
     """A sampler that isn't Poisson, under an accountant that assumes it."""
     assert code(tiny_contract(**change)) == "dp.unsupported"
@@ -134,6 +138,7 @@ def test_contract_round_trip(tiny_contract: Make) -> None:
 @pytest.mark.parametrize(("path", "typo", "nearest"), [
     ((), "purpos", "purpose"), (("privacy",), "epsilom", "epsilon"), (("model",), "poolling", "pooling"),
     (("secagg",), "treshold", "threshold"), (("sites", 1), "n_dcl", "n_decl"), (("lora",), "layer", "layers")])
+@pytest.mark.case(1)
 def test_unknown_key_suggests_the_nearest(tiny_contract: Make, path: tuple[Any, ...], typo: str, nearest: str) -> None:
     document = json.loads(tiny_contract().to_bytes())
     section = document
@@ -182,6 +187,7 @@ def test_example_policy_loads_and_is_strict() -> None:
     ("approver: a\nmax_epsilon: 0\n", "config.invalid"), ("max_epsilon: 3\n", "config.invalid"), ("", "config.invalid"),
     ("- a\n", "config.invalid"), ("approver: [\n", "policy.yaml"),
     ("approver: !!python/object/apply:os.system ['touch {marker}']\n", "policy.yaml")])
+@pytest.mark.case(11)
 def test_bad_policy_file_is_refused_and_never_executed(tmp_path: Path, text: str, want: str) -> None:
     marker = tmp_path / "marker"
     path = tmp_path / "policy.yaml"

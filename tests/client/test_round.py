@@ -127,6 +127,7 @@ def site(tmp_path: Path) -> Site:
     ("contract", "9" * 64, SiteCode.CONTRACT), ("base_model", "9" * 64, SiteCode.MODEL),
     ("adapter", "9" * 64, SiteCode.ADAPTER),
     ("round", 4, SiteCode.CONTRACT), ("attempt", 2, SiteCode.CONTRACT)])
+@pytest.mark.case(10)
 def test_attack_offer_with_each_field_changed(site: Site, field: str, value: Any, code: SiteCode) -> None:
     assert site.refusal(site.offer(**{field: value})) is code
     assert site.trainer.rounds == 0
@@ -173,18 +174,21 @@ def test_attack_unsynchronised_frozen_a(site: Site) -> None:
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b"\xff", b'{"a":1,"a":2}', b'{"_target_":"os.system"}'])
+@pytest.mark.case(11)
 def test_malformed_offer(site: Site, body: bytes) -> None:
     assert site.refusal(body) is SiteCode.BAD_MESSAGE
 
 
 @pytest.mark.parametrize("vector", [np.zeros(3, np.float32), np.zeros(SPEC.size, np.uint32),
                                     np.full(SPEC.size, np.nan, np.float32)])
+@pytest.mark.case(13)
 def test_malformed_adapter(site: Site, vector: Any) -> None:
     with pytest.raises(StageRefused) as caught:
         site.handlers["train.update"](site.offer(), {"adapter": vector})
     assert caught.value.code is SiteCode.ADAPTER
 
 
+@pytest.mark.case(21)
 def test_redelivered_offer_gets_the_stored_bytes_and_no_second_charge(site: Site) -> None:
     first = site.update(site.offer())
     assert site.update(site.offer()) == first
@@ -192,6 +196,7 @@ def test_redelivered_offer_gets_the_stored_bytes_and_no_second_charge(site: Site
     assert len(site.ledger.summary().reserves) == 1  # type: ignore[union-attr]
 
 
+@pytest.mark.case(21)
 def test_attack_round_replayed(site: Site) -> None:
     first = site.offer(1, 0)
     site.update(first)
@@ -202,6 +207,7 @@ def test_attack_round_replayed(site: Site) -> None:
     assert site.refusal(site.offer(1, 1)) is SiteCode.STALE_ROUND
 
 
+@pytest.mark.case(24)
 def test_restart_between_reserve_and_send_stays_spent(site: Site) -> None:
     """Killed in training: the attempt is charged, and is never begun again."""
     def die(adapter: Any, round_no: int) -> Any:
@@ -275,6 +281,7 @@ def _weights(contract: Contract, *weights: float) -> Contract:
     return contract.model_copy(update={"sites": sites})
 
 
+@pytest.mark.case(17)
 def test_attack_weights_that_unmask_one_site(site: Site) -> None:
     with pytest.raises(Refused, match=r"policy\.weights"):
         accept(_weights(site.contract, 1.0, 1e-9, 1e-9), "s0", POLICY)

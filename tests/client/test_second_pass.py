@@ -158,6 +158,7 @@ def test_attack_basis_longer_than_one(three: Three) -> None:
     assert three.refusal(0, three.offer(three.second(c, long)), long) is SiteCode.BAD_MESSAGE
 
 
+@pytest.mark.case(21)
 def test_attack_third_sum_of_one_update(three: Three) -> None:
     c, _, shared = three.first()
     offer, vector = three.offer(three.second(c, shared)), flatten(shared, EXACT.shares(three.setup))

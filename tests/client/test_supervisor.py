@@ -198,6 +198,7 @@ def test_error_of_loading_keeps_its_kind_and_leaves_nothing(turned: Make, raised
     assert descendants() == before
 
 
+@pytest.mark.case(34)
 def test_failure_in_training_is_a_code_and_the_trainer_stays(turned: Make, capfd: pytest.CaptureFixture[str]) -> None:
     trainer = turned()
     first = pid(trainer)

@@ -157,6 +157,7 @@ def test_site_of_invalid_records_starts_and_answers_zero(place: Place) -> None:
 
 
 @pytest.mark.parametrize("kind", ["raises", "nan"])
+@pytest.mark.case(8)
 def test_record_that_breaks_in_training_is_silent_and_alone(place: Place, kind: str, capfd: pytest.CaptureFixture[str],
                                                             caplog: pytest.LogCaptureFixture) -> None:
     rows = place.rows
@@ -216,6 +217,7 @@ def cut_off(trainer: LocalTrainer) -> None:
 
 
 @pytest.mark.parametrize("freeze", [adapters_disabled, scaled_to_nothing, cut_off])
+@pytest.mark.case(18)
 def test_adapter_that_cannot_move_is_found_at_start_up(place: Place, freeze: Callable[[LocalTrainer], None]) -> None:
     trainer = place.trainer()
     freeze(trainer)
@@ -224,6 +226,7 @@ def test_adapter_that_cannot_move_is_found_at_start_up(place: Place, freeze: Cal
     assert caught.value.code in ("dp.frozen", "dp.no_per_sample_gradient")
 
 
+@pytest.mark.case(6)
 def test_floor_is_a_boundary(place: Place) -> None:
     place.trainer(contract=place.exact(data={"floor": 60}))
     with pytest.raises(Refused) as caught:

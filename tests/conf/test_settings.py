@@ -78,6 +78,7 @@ def test_composition_does_not_depend_on_the_working_folder(tmp_path: Path, monke
 @pytest.mark.parametrize(("override", "nearest"), [
     ("privacy.round=5", "privacy.rounds"), ("privcy.rounds=5", "privacy.rounds"), ("lora.layer=[-1]", "lora.layers"),
     ("secure_aggregation.treshold=3", "secure_aggregation.threshold")])
+@pytest.mark.case(1)
 def test_unknown_key_suggests_the_nearest(override: str, nearest: str) -> None:
     error = refusal(override)
     assert error.code in ("config.override", "config.unknown_key")
@@ -87,6 +88,7 @@ def test_unknown_key_suggests_the_nearest(override: str, nearest: str) -> None:
 
 @pytest.mark.parametrize(("override", "nearest"), [("+privacy.epsilom=5", "epsilon"), ("++lora.rr=1", "r"),
                                                    ("+purpos=x", "purpose")])
+@pytest.mark.case(1)
 def test_new_key_is_refused_with_the_nearest(override: str, nearest: str) -> None:
     error = refusal(override)
     assert error.code == "config.unknown_key"
@@ -95,6 +97,7 @@ def test_new_key_is_refused_with_the_nearest(override: str, nearest: str) -> Non
 
 @pytest.mark.parametrize(("override", "nearest"), [("privacy=epsilon9", "epsilon8"), ("model=minilmm", "minilm"),
                                                    ("experiment=quik", "quick")])
+@pytest.mark.case(1)
 def test_unknown_group_option_suggests_the_nearest(override: str, nearest: str) -> None:
     error = refusal(override)
     assert error.code == "config.override"
@@ -117,6 +120,7 @@ def test_override_that_is_none(override: str) -> None:
     "privacy.rounds=many", "privacy.rounds=0", "privacy.clip=nan", "privacy.clip=inf", "privacy.clip=0", "privacy.q=1.1",
     "privacy.epsilon=-1", "privacy.delta=1", "privacy.sigma=0", "privacy=5", "lora.r=0", "lora.targets=[]", "seed=-1",
     "~privacy", "server.port=70000", "data.sites={'../a':{}}", "model.pooling=max", "privacy.rounds=1.5"])
+@pytest.mark.case(2)
 def test_value_that_cannot_be_right_is_refused_before_anything_is_loaded(override: str) -> None:
     assert refusal(override).code in ("config.invalid", "config.override")
 
@@ -131,6 +135,7 @@ def test_value_that_cannot_be_right_is_refused_before_anything_is_loaded(overrid
     "model=${oc.env:CONSILO_SECRET}", "privacy.rounds=${oc.env:CONSILO_SECRET}", "purpose=${oc.decode:'1'}",
     "data.labels=['${oc.env:CONSILO_SECRET}',b]", "+${oc.env:CONSILO_SECRET}=1", "purpose='${oc.create:{}}'",
     "privacy.epsilon='${oc.env:CONSILO_SECRET}'"])
+@pytest.mark.case(11)
 def test_interpolation_is_refused_and_never_resolved(override: str, monkeypatch: pytest.MonkeyPatch,
                                                      capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("CONSILO_SECRET", SECRET)
@@ -144,6 +149,7 @@ def test_interpolation_is_refused_and_never_resolved(override: str, monkeypatch:
     "+model._target_=os.system", "+_target_=os.system", "++privacy._target_=conf.load_settings", "+model._partial_=true",
     "+data.sites.a._target_=os.mkdir", "data.sites={a:{_target_:os.mkdir}}", "+rule._args_=[x]",
     "+lora._convert_=all", "+site._recursive_=true"])
+@pytest.mark.case(11)
 def test_target_is_refused_and_never_called(override: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("system", "mkdir"):
         monkeypatch.setattr(os, name, lambda *a, **k: pytest.fail("called"))

@@ -218,6 +218,7 @@ def long(job: Job, name: str) -> Any:
 
 @pytest.mark.parametrize("job", [pytest.param(one(stage), id=stage) for stage in STAGES] + [
     long(one(stage, "answered"), f"{stage}-answered") for stage in STAGES])
+@pytest.mark.case(19)
 def test_one_killed_site_leaves_the_exact_sum_of_the_survivors(run: Run, job: Job) -> None:
     federation, fall = run(job), job.falls[0]
     others = [name for name in SITES if name != fall.site]
@@ -240,6 +241,7 @@ def test_one_killed_site_leaves_the_exact_sum_of_the_survivors(run: Run, job: Jo
     pytest.param(two("update", rounds=1, retries=1, stage_s=5), id="update-twice"),
     pytest.param(two("unmask", rounds=1), id="unmask"),
     *(long(two(stage, rounds=1), stage) for stage in STAGES[:4])])
+@pytest.mark.case(19)
 def test_two_killed_sites_void_the_attempt_and_without_retries_the_run(run: Run, job: Job) -> None:
     federation, stage = run(job), job.falls[0].stage
     federation.end(code=5)
@@ -255,6 +257,7 @@ def test_two_killed_sites_void_the_attempt_and_without_retries_the_run(run: Run,
 
 
 @pytest.mark.parametrize("job", [two("masked", rounds=1, retries=1, restart=True)], ids=["masked"])
+@pytest.mark.case(20)
 def test_a_void_attempt_is_tried_again_with_the_restarted_sites(run: Run, job: Job) -> None:
     federation = run(job)
     federation.end(code=0)
@@ -269,6 +272,7 @@ def test_a_void_attempt_is_tried_again_with_the_restarted_sites(run: Run, job: J
 @pytest.mark.parametrize("job", [
     pytest.param(one("masked", "answered", restart=True), id="masked"),
     long(one("update", "answered", restart=True), "update")])
+@pytest.mark.case(20)
 def test_a_restarted_site_is_lost_from_that_attempt_and_in_the_next_round(run: Run, job: Job) -> None:
     """Its first life had made the answer, and what it hadn't sent is asked for again: there is no second one."""
     federation, fall = run(job), job.falls[0]
@@ -282,6 +286,7 @@ def test_a_restarted_site_is_lost_from_that_attempt_and_in_the_next_round(run: R
 
 
 @pytest.mark.parametrize("job", [Job((Fall("site-c", "masked", signal=signal.SIGSTOP),), gather=True)], ids=["masked"])
+@pytest.mark.case(22)
 def test_a_site_that_hung_wakes_up_too_late_for_its_sum_and_in_time_for_the_next(run: Run, job: Job) -> None:
     federation, others = run(job), [name for name in SITES if name != "site-c"]
     journal = federation.out / "journal.jsonl"

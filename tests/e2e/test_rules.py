@@ -118,6 +118,7 @@ def test_a_site_lost_in_the_first_sum_is_in_neither(overrides: Make, tmp_path: P
 
 
 @pytest.mark.parametrize("stage", ["again", "shares", "masked"])
+@pytest.mark.case(19)
 def test_attack_a_site_between_the_sums_of_one_attempt(stage: str, overrides: Make, tmp_path: Path) -> None:
     """In the first sum and not in the second: the difference would be its own update. Void, charged, tried again."""
     lost = [0]

@@ -152,6 +152,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[dict[str, Any], list
 
 @pytest.mark.parametrize("ring", ["32", "16"])
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.case(19)
 def test_the_sum_is_that_of_the_survivors_whatever_stage_a_site_is_lost_at(
         overrides: Make, tmp_path: Path, tiny_data: dict[str, Path], sums: Any, stage: str, ring: str) -> None:
     """Five sites, t = 4: one may be lost anywhere; a site lost after its masked vector came stays in the sum."""
@@ -172,6 +173,7 @@ def test_the_sum_is_that_of_the_survivors_whatever_stage_a_site_is_lost_at(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.case(19)
 def test_too_few_left_voids_the_attempt_and_the_next_one_counts(
         overrides: Make, tmp_path: Path, tiny_data: dict[str, Path], sums: Any, stage: str) -> None:
     """Five sites, t = 4: two lost at one stage void the attempt; nothing is unmasked, and it stays charged."""
@@ -278,6 +280,7 @@ def _shape_of_what_leaves(overrides: list[str]) -> list[tuple[str, str, int]]:
     return seen
 
 
+@pytest.mark.case(8)
 def test_attack_poison_record_changes_nothing_that_leaves(overrides: Make, tmp_path: Path,
                                                           tiny_data: dict[str, Path]) -> None:
     """Records that are malformed, mis-labelled, binary or huge: same stages, codes and sizes as without them."""
@@ -316,6 +319,7 @@ def test_neighbouring_data_sets_differ_in_no_unnoised_byte(overrides: Make, tmp_
     assert seen[0] == seen[1]
 
 
+@pytest.mark.case(31, 34)
 def test_attack_exception_text_and_canary_never_leave(overrides: Make, tmp_path: Path, tiny_data: dict[str, Path],
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """A trainer that fails with a record's text in its exception: the coordinator gets a code, and finds no canary."""
@@ -384,6 +388,7 @@ def test_released_adapter_loads_with_peft_and_gives_the_metric_again(overrides: 
     assert accuracy == pytest.approx(outcome.result.after.accuracy, abs=1e-9)
 
 
+@pytest.mark.case(3)
 def test_non_private_run_says_so_everywhere(overrides: Make, tmp_path: Path) -> None:
     outcome = run(overrides("privacy=none", "privacy.rounds=1"))
     page = write_report(tmp_path / "out" / "evidence", tmp_path / "out", ca=outcome.root).read_text()

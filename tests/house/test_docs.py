@@ -6,6 +6,8 @@ import ast
 import re
 from pathlib import Path
 
+import cases
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("conf", "fl_client", "fl_server", "privacy", "simulations", "strategies")
 RAISED = {"ConsiloError", "CheckFailed", "UsageError", "Refused", "Unreachable", "RoundVoid", "Aborted"}
@@ -37,6 +39,12 @@ def test_site_codes_are_a_closed_documented_list() -> None:
     text = (ROOT / "docs" / "errors.md").read_text()
     assert len(SiteCode) <= 12
     assert {f"| {code.value} |" for code in SiteCode} <= set(re.findall(r"\| site\.[a-z_]+ \|", text))
+
+
+def test_the_table_of_cases_is_that_of_the_tests() -> None:
+    """`python tests/house/cases.py` writes it."""
+    assert cases.PAGE.read_text() == cases.page()
+    assert [number for number, tests in cases.found().items() if not tests] == []
 
 
 def test_tests_that_documents_name_exist() -> None:

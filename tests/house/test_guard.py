@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CHECK = "from privacy import guard; guard.check(); print('started')"
 
 
@@ -18,6 +20,7 @@ def test_installed_environment_starts(tmp_path: Path) -> None:
     assert run(tmp_path, safe_path=True).stdout == "started\n"
 
 
+@pytest.mark.case(32)
 def test_attack_folder_shadows_a_package(tmp_path: Path) -> None:
     """A `strategies/` in the current folder: refused where it would be imported, ignored with -P."""
     (tmp_path / "strategies").mkdir()
@@ -27,6 +30,7 @@ def test_attack_folder_shadows_a_package(tmp_path: Path) -> None:
     assert run(tmp_path, safe_path=True).stdout == "started\n"
 
 
+@pytest.mark.case(32)
 def test_attack_another_distribution_owns_a_name(tmp_path: Path) -> None:
     info = tmp_path / "evil-1.0.dist-info"
     info.mkdir()

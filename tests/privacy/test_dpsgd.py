@@ -257,6 +257,7 @@ def raises_after(made: Bench, victim: int) -> None:
 
 
 @pytest.mark.parametrize("poison", [nan, infinite, overflows, raises_before, raises_after])
+@pytest.mark.case(8)
 def test_poison_record_contributes_zero_and_changes_no_other(tiny_model: Path, engine: Engine, poison: Any) -> None:
     made = bench(tiny_model, engine)
     grads = made.gradients()
@@ -323,6 +324,7 @@ def mechanism(**changes: Any) -> DpMechanism:
     return DpMechanism(**{**terms, **changes})
 
 
+@pytest.mark.case(7)
 def test_empty_batch_is_a_noise_only_step_with_the_same_denominator(lab: tuple[Bench, ClippedGradients],
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise, "random_words", lambda n: np.full(n, 2**64 - 1, np.uint64))  # nobody is sampled
@@ -354,6 +356,7 @@ def probe(engine: Engine, module: torch.nn.Module,
 
 
 @pytest.mark.parametrize("norm", [torch.nn.BatchNorm1d, torch.nn.SyncBatchNorm])
+@pytest.mark.case(9)
 def test_batch_norm_is_refused_by_name(engine: Engine, norm: type[torch.nn.Module]) -> None:
     module = torch.nn.Sequential()
     module.add_module("inner", torch.nn.Linear(6, 5))
@@ -372,6 +375,7 @@ def test_parameter_used_outside_its_layer_is_refused_by_name(engine: Engine) -> 
     assert caught.value.code == "dp.no_per_sample_gradient"
 
 
+@pytest.mark.case(9)
 def test_layer_with_trainable_parameters_and_buffers_is_refused(engine: Engine) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(6, 5))
     module[0].register_buffer("seen", torch.zeros(1))
@@ -380,6 +384,7 @@ def test_layer_with_trainable_parameters_and_buffers_is_refused(engine: Engine) 
     assert caught.value.code == "dp.no_per_sample_gradient"
 
 
+@pytest.mark.case(18)
 def test_frozen_tensor_is_found_and_named(engine: Engine) -> None:
     module = torch.nn.ModuleDict({"live": torch.nn.Linear(6, 5), "dead": torch.nn.Linear(6, 5)})
     grads = probe(engine, module, lambda x: module["live"](x) + 0 * module["dead"](x))
@@ -407,6 +412,7 @@ def test_check_passes_at_the_zeros_of_a_fresh_adapter_and_changes_nothing(tiny_m
     {"q": 0.0}, {"q": 1.01}, {"q": math.nan}, {"clip": 0.0}, {"clip": math.nan}, {"clip": math.inf}, {"sigma": 0.0},
     {"sigma": -1.0}, {"sigma": math.nan}, {"sigma": math.inf}, {"delta": 0.0}, {"delta": 1 / 40}, {"delta": math.nan},
     {"steps": 0}, {"n_decl": 0}, {"trust": "none", "sigma": 1.0}])
+@pytest.mark.case(2)
 def test_impossible_parameter_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         mechanism(**change)
@@ -416,6 +422,7 @@ def test_impossible_parameter_is_refused(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("change", [{"sampler": "shuffle"}, {"sampler": "fixed_size"}, {"adjacency": "replace_one"},
                                     {"unit": "household"}, {"trust": "distributed"}])
+@pytest.mark.case(4)
 def test_what_the_accountant_does_not_know_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(UsageError) as caught:
         mechanism(**change)

@@ -49,6 +49,7 @@ def twice(release: Release) -> float:
 
 # Holding --------------------------------------------------------------------------------------------------------------
 
+@pytest.mark.case(27)
 def test_attack_two_jobs_on_one_lineage_under_different_names_budget_for_one(path):
     with create(path, SIGNER, cap=cost(Release(0.5, 20.0, 3))) as ledger:
         encumber(ledger, 3)

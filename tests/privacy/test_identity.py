@@ -207,6 +207,7 @@ def test_attack_wrong_ca_with_the_same_names(consortium, other):
     assert refusal(consortium.trust(), other.cert(Role.SITE)) == "identity.untrusted"
 
 
+@pytest.mark.case(36)
 def test_attack_self_signed(consortium):
     key = p256()
     mine = load_certificate(consortium.pem("issuing-site.pem")).subject
@@ -228,6 +229,7 @@ def test_attack_leaf_acts_as_ca(consortium):
 
 @pytest.mark.parametrize("shown", list(Role))
 @pytest.mark.parametrize("wanted", list(Role))
+@pytest.mark.case(36)
 def test_attack_wrong_role(consortium, shown, wanted):
     if shown is not wanted:
         for usage, file in (("tls", "tls.pem"), ("signing", "sign.pem")):
@@ -280,6 +282,7 @@ def test_root_must_be_a_self_signed_ca(consortium):
 
 # --- dates, revocation, usage -------------------------------------------------------------------------------------
 
+@pytest.mark.case(36)
 def test_expired_and_not_yet_valid(consortium):
     trust = TrustStore(consortium.pem("root.pem"), [consortium.pem("issuing-site.pem")])
     cert = consortium.cert(Role.SITE)
@@ -305,6 +308,7 @@ def test_leaf_never_outlives_its_ca(tmp_path):
     assert leaf.not_valid_after_utc <= load_certificate((tmp_path / "ca/root.pem").read_bytes()).not_valid_after_utc
 
 
+@pytest.mark.case(36)
 def test_revoked_and_stale_list(tmp_path):
     c = Consortium(tmp_path)
     old = c.trust()

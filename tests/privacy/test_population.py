@@ -116,6 +116,7 @@ def test_micro_batches_never_split_a_person(physical: int) -> None:
     assert np.abs(np.concatenate(parts) - whole).max() <= 8
 
 
+@pytest.mark.case(7)
 def test_empty_sample_is_a_noise_only_step_with_the_same_denominator(monkeypatch: pytest.MonkeyPatch) -> None:
     lab, m = Linear(np.ones((4, 3))), mechanism()
     population = Population(4, m, owners=np.arange(4))
@@ -140,6 +141,7 @@ def test_k_max_keeps_the_same_records_whatever_their_order() -> None:
     assert Population(12, m, owners=owners, lineage="a", contents=contents).units == 2
 
 
+@pytest.mark.case(5)
 def test_person_unit_without_persons_is_refused() -> None:
     for m in (mechanism(), mechanism(sampled="record", group=4, draws=1)):
         with pytest.raises(UsageError, match=r"data\.person"):
@@ -158,6 +160,7 @@ def test_impossible_combinations_are_refused(change: dict[str, object]) -> None:
     ("null.jsonl", '{"text":"a","label":"x","person":null}\n'), ("missing.jsonl", '{"text":"a","label":"x"}\n'),
     ("twice.jsonl", '{"text":"a","label":"x","person":"p","person":"q"}\n'),
     ("list.jsonl", '{"text":"a","label":"x","person":["p","q"]}\n')])
+@pytest.mark.case(5)
 def test_a_record_without_exactly_one_person_is_refused_at_load(tmp_path: Path, name: str, body: str) -> None:
     from strategies.records import load_records
 

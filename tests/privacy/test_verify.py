@@ -487,6 +487,7 @@ def test_contract_reformatted(copy: Path, parties: Consortium) -> None:
 
 @pytest.mark.parametrize("name", ["contract.json", "manifest.json", "statements/000001-contract-lab.json",
                                   "statements/000002-acceptance-clinic-a.json"])
+@pytest.mark.case(29)
 def test_duplicated_json_key(copy: Path, parties: Consortium, name: str) -> None:
     text = (copy / name).read_text()
     key = "purpose" if name == "contract.json" else "payloadType"

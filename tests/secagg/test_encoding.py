@@ -97,6 +97,7 @@ def test_a_full_cohort_at_the_ends_of_the_range_does_not_wrap(encoding: Encoding
     assert np.abs(got - sign).max() <= 1 / encoding.top + 2.0**-22
 
 
+@pytest.mark.case(16)
 def test_a_value_outside_counts_as_the_end_of_its_range() -> None:
     """With a weight as well: a site can't make up for a low weight by sending more."""
     encoding = Encoding(bits=16, ring=32, cohort=3, ranges=((3, 1.0), (3, 0.1)))
@@ -143,6 +144,7 @@ def test_rounding_is_drawn_anew_for_every_update() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 5, CHUNK, CHUNK + 9])
+@pytest.mark.case(12)
 def test_not_finite_is_refused(bad: float, at: int) -> None:
     x = np.zeros(CHUNK + 10, np.float32)
     x[at] = bad
@@ -153,6 +155,7 @@ def test_not_finite_is_refused(bad: float, at: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from([16, 32]), st.integers(2, 31), st.integers(1, 5000))
 @example(32, 30, 4)
+@pytest.mark.case(16)
 def test_overflow_is_refused_at_planning(ring: int, bits: int, cohort: int) -> None:
     """Exactly where a full sum would not fit; the mend names the most bits that do."""
     def made(b: int) -> Encoding:
@@ -237,6 +240,7 @@ def test_a_consumed_update_gives_the_same_words(ring: int, monkeypatch: pytest.M
     assert np.array_equal(encoding.encode(kept, 0.7, consume=True), want), "what can't be written is left alone"
 
 
+@pytest.mark.case(37)
 def test_a_sum_that_no_updates_could_give_is_refused() -> None:
     encoding = Encoding(bits=8, ring=32, cohort=4, ranges=((3, 1.0),))
     weights = [1.0, 0.5, 0.5]

@@ -55,6 +55,7 @@ def test_sigma_is_calibrated_over_rounds_and_retries(make: Make) -> None:
     ("rule.name=krum", "rule.not_linear"), ("rule.optimizer=adamw", "optimizer.unknown"),
     ("secure_aggregation.bits=31", "encoding.overflow"), ("secure_aggregation.threshold=2", "secagg.threshold"),
     ("secure_aggregation.threshold=4", "secagg.threshold"), ("secure_aggregation.colluding=2", "secagg.cohort")])
+@pytest.mark.case(2)
 def test_refused_with_its_code(make: Make, override: str, code: str) -> None:
     with pytest.raises(ConsiloError) as caught:
         make(override)

@@ -68,6 +68,7 @@ def infinite(t: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change", [reshape, other_rank, scalar, double, half, integer, missing, extra, nan, infinite])
+@pytest.mark.case(13)
 def test_foreign_tensor_is_refused_by_name(change: Change) -> None:
     given_ = tensors()
     change(given_)
@@ -95,6 +96,7 @@ def test_pack_and_unpack_are_inverse(seed: int) -> None:
 @pytest.mark.parametrize("vector", [np.zeros(SPEC.size - 1, np.float32), np.zeros(SPEC.size + 1, np.float32),
                                     np.zeros((1, SPEC.size), np.float32), np.zeros(SPEC.size, np.float64),
                                     np.zeros(SPEC.size, np.int32), np.full(SPEC.size, np.nan, np.float32)])
+@pytest.mark.case(13)
 def test_vector_off_the_wire_is_checked(vector: Any) -> None:
     with pytest.raises(Refused):
         SPEC.unpack(vector)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ WRONG = [other_layer, prefix_lost, other_case, one_missing, one_more]
 
 
 @pytest.mark.parametrize("change", WRONG)
+@pytest.mark.case(13)
 def test_wrong_keys_load_silently_in_peft_and_are_refused_here(model: Any, change: Change) -> None:
     right = tensors(model)
     wrong = change(right)
@@ -69,6 +71,7 @@ def test_wrong_keys_load_silently_in_peft_and_are_refused_here(model: Any, chang
     assert all(v.tobytes() == before[n].tobytes() for n, v in read(model).items())
 
 
+@pytest.mark.case(13)
 def test_wrong_shape_type_or_value_is_refused(model: Any) -> None:
     right = tensors(model)
     name = next(iter(right))
@@ -99,6 +102,31 @@ def test_tensor_that_peft_rounds_is_found(model: Any) -> None:
         p.data = p.data.to(torch.bfloat16)
     with pytest.raises(Refused, match="bfloat16"):
         write(model, right)
+
+
+LYING = {
+    "larger than the file": {"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}},
+    "overlapping": {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                    "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+    "a shape that its bytes are not": {"a": {"dtype": "F32", "shape": [1 << 30, 1 << 30], "data_offsets": [0, 12]}},
+    "a product that overflows": {"a": {"dtype": "F32", "shape": [1 << 63, 2], "data_offsets": [0, 12]}},
+    "before the start": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [-4, 8]}},
+}
+
+
+@pytest.mark.parametrize("lie", [*LYING, "a header of an exabyte"])
+def test_case_14_a_header_that_lies_is_refused_before_anything_is_allocated(lie: str, model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    header = json.dumps(LYING.get(lie, {})).encode()
+    size = len(header) if lie in LYING else 1 << 60
+    (tmp_path / "adapter_model.safetensors").write_bytes(size.to_bytes(8, "little") + header + bytes(12))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Refused, match=r"adapter\.format"):
+            read_folder(tmp_path, peft_spec(model))
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
 
 
 def test_peft_folder_is_read_with_its_variant_and_keys_checked(model: Any, tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+@pytest.mark.case(15)
 def test_pickled_weights_are_refused_unopened(folder: Path, name: str, tiny_contract: Callable[..., Contract]) -> None:
     marker = folder.parent / "opened"
     (folder / "model.safetensors").unlink()
@@ -186,6 +187,7 @@ def test_pickled_weights_are_refused_unopened(folder: Path, name: str, tiny_cont
     assert not marker.exists()
 
 
+@pytest.mark.case(15)
 def test_pickled_weights_beside_safetensors_are_never_opened(folder: Path) -> None:
     marker = folder.parent / "opened"
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Boom(marker)))
@@ -203,6 +205,7 @@ def test_folder_that_is_no_model(folder: Path, remove: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.case(10)
 def test_changed_model_folder_is_refused(folder: Path, name: str, tiny_contract: Callable[..., Contract]) -> None:
     build(folder, tiny_contract())
     if name == "model.safetensors":
@@ -225,6 +228,7 @@ def test_smuggled_file_changes_the_digest(folder: Path, name: str) -> None:
     assert folder_digests(folder) != before
 
 
+@pytest.mark.case(10)
 def test_the_chat_template_has_a_digest_of_its_own(folder: Path, tiny_contract: Callable[..., Contract]) -> None:
     """A file of its own comes before the tokenizer's configuration; its text counts, wherever it stands."""
     terms = tiny_contract().model

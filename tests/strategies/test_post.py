@@ -24,6 +24,7 @@ def named(seed: int, size: float = 1.0) -> dict[str, np.ndarray]:
 
 @given(SEEDS, st.floats(1e-3, 1e6), st.floats(1e-3, 1e3))
 @settings(max_examples=100, deadline=None)
+@pytest.mark.case(37)
 def test_clip_keeps_direction_and_joint_norm(seed: int, size: float, limit: float) -> None:
     before = named(seed, size)
     after = clip_norm(before, limit)

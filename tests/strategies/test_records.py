@@ -57,6 +57,7 @@ def test_byte_order_mark_is_no_part_of_a_column_name(tmp_path: Path) -> None:
                                  "x" * 140_000 + ",lung\n"],
                          ids=["short row", "long row", "empty text", "unknown label", "no label", "other case",
                               "too long", "over the parser's limit"])
+@pytest.mark.case(8)
 def test_malformed_csv_row_stays_an_invalid_unit(tmp_path: Path, bad: str) -> None:
     got = load_records(csv_file(tmp_path, f"a pulse,heart\n{bad}a cough,lung\n"), LABELS)
     assert len(got) == 3
@@ -70,6 +71,7 @@ def test_malformed_csv_row_stays_an_invalid_unit(tmp_path: Path, bad: str) -> No
                                  {"text": ["a"], "label": "lung"}, {"text": "a", "label": 1}, {"text": "a", "label": []},
                                  {"text": "a", "label": True}, {"label": "lung"}, {},
                                  b'{"text": "lone \\ud800 surrogate", "label": "lung"}'])
+@pytest.mark.case(8)
 def test_malformed_json_row_stays_an_invalid_unit(tmp_path: Path, bad: Any) -> None:
     got = load_records(jsonl_file(tmp_path, GOOD, bad, GOOD), LABELS)
     assert got.valid.tolist() == [True, False, True]
@@ -77,6 +79,7 @@ def test_malformed_json_row_stays_an_invalid_unit(tmp_path: Path, bad: Any) -> N
 
 
 @pytest.mark.parametrize("bad", ['"opened and never closed,lung', 'a "quote" inside,lung', '"closed" too early,lung', '"'])
+@pytest.mark.case(8)
 def test_stray_quote_spoils_no_other_record(tmp_path: Path, bad: str) -> None:
     got = load_records(csv_file(tmp_path, f"a pulse,heart\n{bad}\na cough,lung\n"), LABELS)
     assert len(got) == 3
@@ -136,6 +139,7 @@ def too_long(folder: Path) -> Path:
 @pytest.mark.parametrize("make", [headerless, wrong_keys, all_bad, unclosed, too_long])
 @pytest.mark.parametrize("load", [lambda p: load_records(p, LABELS), lambda p: count_items(p, text="text", label="label"),
                                   lambda p: public_labels(p, text="text", label="label")])
+@pytest.mark.case(31)
 def test_canary_no_record_in_any_error_or_log(tmp_path: Path, make: Loader, load: Loader,
                                               caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)

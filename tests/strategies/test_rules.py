@@ -130,6 +130,7 @@ def test_linear_alternative_is_named_for_each_plaintext_rule() -> None:
 
 
 @pytest.mark.parametrize("one", [Krum(), TrimmedMean(), Median()], ids=lambda r: r.name)
+@pytest.mark.case(37)
 def test_robust_rule_survives_a_poisoned_site_and_a_mean_does_not(one: Rule) -> None:
     setup = kit.setup_for(one, max_norm=1e9)
     rng, old = np.random.default_rng(0), initial(setup.spec, 0)
@@ -179,6 +180,7 @@ def test_basis_that_deviates_is_refused_by_the_site() -> None:
 
 
 @pytest.mark.parametrize("one", [Hetero(), Exact()], ids=lambda r: r.name)
+@pytest.mark.case(13)
 def test_site_with_a_rank_that_no_site_has_is_refused(one: Rule) -> None:
     setup = kit.setup_for(one, ranks=(1, 3, 3, 3, 3))
     round_ = Round(setup, 1, initial(setup.spec, 0))

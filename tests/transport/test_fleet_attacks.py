@@ -137,6 +137,7 @@ def test_no_client_certificate(fleet: FleetServer, pki: Pki) -> None:
         httpx.post(url, verify=client_tls(pki, None))
 
 
+@pytest.mark.case(36)
 def test_certificate_of_another_consortium(fleet: FleetServer, pki: Pki, tmp_path: Path) -> None:
     other = Pki(tmp_path)
     ca.init(tmp_path / "ca", "Consortium")
@@ -146,11 +147,13 @@ def test_certificate_of_another_consortium(fleet: FleetServer, pki: Pki, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["coordinator", "engineer"])
+@pytest.mark.case(36)
 def test_certificate_of_another_role(fleet: FleetServer, pki: Pki, name: str) -> None:
     with pytest.raises(Refused, match=r"link\.refused"):
         connect(link_to(fleet, pki, name))
 
 
+@pytest.mark.case(36)
 def test_revoked_certificate(pki: Pki, tmp_path: Path) -> None:
     pki.enrol("leaver", Role.SITE)
     roster = {name: pki.cert(name).read_bytes() for name in ("a", "leaver")}
@@ -163,6 +166,7 @@ def test_revoked_certificate(pki: Pki, tmp_path: Path) -> None:
             connect(link_to(after, pki, "leaver"))
 
 
+@pytest.mark.case(36)
 def test_revoked_while_connected(pki: Pki, tmp_path: Path) -> None:
     """The connection was accepted; its next request isn't, once the list in the coordinator's folder has changed."""
     pki.enrol("quitter", Role.SITE)
@@ -191,6 +195,7 @@ def hub(pki: Pki, tmp_path: Path) -> Iterator[tuple[FleetServer, Path]]:
         yield running, tmp_path / "trust"
 
 
+@pytest.mark.case(36)
 def test_attack_revoked_coordinator(hub: tuple[FleetServer, Path], pki: Pki) -> None:
     fleet, trust = hub
     assert connect(link_to(fleet, pki, "a", check=coordinator_check(trust))) == fleet.nodes["a"]
@@ -409,6 +414,7 @@ def bundle(marker: Path) -> bytes:
     return out.getvalue()
 
 
+@pytest.mark.case(33)
 def test_app_bundle_is_never_run(pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The coordinator creates the run with a bundle, as `flwr run` does; the sites answer with their own code."""
     marker, content, served = tmp_path / "ran", bundle(tmp_path / "ran"), []

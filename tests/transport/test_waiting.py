@@ -83,6 +83,7 @@ def test_all_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (silent(answers), clock.now, clock.forgotten) == ("", 2.0, [])
 
 
+@pytest.mark.case(22)
 def test_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, answers = ask(monkeypatch, dict.fromkeys("abcdefg", 2.0))
     assert (silent(answers), clock.now, clock.forgotten) == ("h", 120.0, [str(NODES["h"])])
@@ -93,6 +94,7 @@ def test_slow_checks_put_nobody_out_who_answered_in_time(monkeypatch: pytest.Mon
     assert silent(answers) == ""
 
 
+@pytest.mark.case(22)
 def test_a_quorum_gives_the_rest_a_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     times = dict.fromkeys("abcde", 1.0) | {"f": 1.0 + GRACE_S - 0.5, "g": 1.0 + GRACE_S + 2}
     clock, answers = ask(monkeypatch, times, quorum=5)
