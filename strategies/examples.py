@@ -84,4 +84,3 @@ def open_examples(path: Path, contract: Contract, *, text: str, label: str, pers
     if contract.model.task == "causal_lm":
         return InstructionFile(path, prompt=text, answer=label, person=person)
     return LabelledFile(path, contract.data.labels, text=text, label=label, person=person)
-

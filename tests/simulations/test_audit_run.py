@@ -47,8 +47,8 @@ def quarter_noise(patch: pytest.MonkeyPatch) -> None:
 
 
 def fourfold_clip(patch: pytest.MonkeyPatch) -> None:
-    def clipped(self: ClippedGradients, draw: Any, clip: float, batch: int) -> Iterator[NDArray[np.int64]]:
-        return (4 * part for part in honest_clipped(self, draw, 4 * clip, batch))  # in the lattice of the claimed clip
+    def clipped(self: ClippedGradients, draw: Any, clip: float, *how: Any) -> Iterator[NDArray[np.int64]]:
+        return (4 * part for part in honest_clipped(self, draw, 4 * clip, *how))  # in the lattice of the claimed clip
 
     patch.setattr(ClippedGradients, "clipped", clipped)
 
