@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from privacy.compute import Compute, Device, Engine, Precision
 from privacy.contract import ChatTerms, LoraTerms, Name, PrivacyTerms, RuleTerms, SignOff, TensorRange, Terms
 
 
@@ -83,12 +84,25 @@ class SiteSettings(Terms):
     state: str = "state"
     other_lineages: tuple[str, ...] = Field((), description="state folders of this site's other data lineages")
     threads: int = Field(0, ge=0, description="of the trainer; 0 leaves it to torch")
-    engine: Literal["auto", "fused", "opacus"] = Field("auto", description="of per-sample gradients; what is released "
+    engine: Engine = Field("auto", description="of per-sample gradients; what is released "
                                                        "is the same mechanism, so it is the site's own choice")
+    device: Device = Field("cpu", description="of the trainer")
+    precision: Precision = Field("float32", description="bfloat16: products in the forward and backward pass by autocast; "
+                                 "clipping, sum and noise are as ever")
+    checkpointing: bool = Field(False, description="compute activations twice and keep fewer; the fused engine only")
+    physical_batch: int | None = Field(None, ge=1, description="records in memory at a time; null: the contract's proposal. "
+                                       "It changes no result")
+    cache_mib: int = Field(1024, ge=0, description="most memory for what the frozen layers make of records; more records "
+                           "than fit are encoded again each time")
     control_url: str | None = Field(None, description="the coordinator's control plane; null: roster and revocation lists "
                                     "are carried by hand")
     proxy: str | None = Field(None, description="HTTP CONNECT proxy; null: that of the environment (HTTPS_PROXY)")
     proxy_ca: str | None = Field(None, description="CA of the proxy's own certificate, for an https:// proxy; PEM file")
+
+    @property
+    def compute(self) -> Compute:
+        return Compute(engine=self.engine, device=self.device, precision=self.precision, checkpointing=self.checkpointing,
+                       physical_batch=self.physical_batch, cache_mib=self.cache_mib)
 
 
 class ServerSettings(Terms):

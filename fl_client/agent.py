@@ -7,9 +7,9 @@ import secrets
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from conf.settings import Settings, SiteSettings
 from fl_client import lineage
@@ -239,8 +239,8 @@ def sandbox(site: SiteSettings, policy: SitePolicy) -> Sandbox:
     return Sandbox(required=policy.required_walls, hidden=(site.keys, site.state))
 
 
-def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> dict[str, str | int]:
+def _request(contract: Contract, settings: Settings, ledger: Ledger | None) -> dict[str, Any]:
     site = settings.site
     return {"contract": contract.to_bytes().decode(), "site": site.name, "model": str(Path(settings.model.path).resolve()),
             "data": str(Path(site.data).resolve()), "text": site.text, "label": site.label, "threads": site.threads,
-            "engine": site.engine, "person": site.person or "", "lineage": ledger.lineage if ledger else ""}
+            "compute": asdict(site.compute), "person": site.person or "", "lineage": ledger.lineage if ledger else ""}

@@ -70,6 +70,7 @@ def _load(request: dict[str, Any], _: bytes) -> tuple[LocalTrainer, Reply]:
         import torch
 
         from fl_client.training import LocalTrainer
+        from privacy.compute import Compute
         from privacy.contract import load_contract
     except (ImportError, OSError) as e:
         raise Refused("sandbox.unreadable", f"The trainer can't load its libraries ({' '.join(str(e).split())[:300]}).",
@@ -78,7 +79,8 @@ def _load(request: dict[str, Any], _: bytes) -> tuple[LocalTrainer, Reply]:
         torch.set_num_threads(request["threads"])
     trainer = LocalTrainer(load_contract(request["contract"].encode()), request["site"], model=Path(request["model"]),
                            data=Path(request["data"]), text=request["text"], label=request["label"],
-                           person=request["person"] or None, lineage=request["lineage"], engine=request["engine"])
+                           person=request["person"] or None, lineage=request["lineage"],
+                           compute=Compute(**request["compute"]))
     trainer.probe()
     return trainer, (spec_to_json(trainer.spec), b"")
 

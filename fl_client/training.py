@@ -11,9 +11,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.compute import Compute
 from privacy.contract import Contract
 from privacy.dpsgd import noisy_mean
-from privacy.engine import Engine, gradients
+from privacy.engine import gradients
 from privacy.errors import Refused
 from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
@@ -35,13 +36,20 @@ class Trainer(Protocol):
 
 
 class LocalTrainer:
-    """Raises at construction: Refused `model.digest`, `data.floor`; UsageError from model, data and DP coverage."""
+    """Records stay in their file, and what the frozen layers make of them in memory as far as `compute` lets it.
+
+    Raises at construction: Refused `model.digest`, `data.floor`, `device.absent`; UsageError from model, data and DP
+    coverage.
+    """
 
     def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str,
-                 person: str | None = None, lineage: str = "", engine: Engine = "auto") -> None:
+                 person: str | None = None, lineage: str = "", compute: Compute = Compute()) -> None:
+        compute.require_device()
+        self._size = compute.physical_batch or contract.privacy.physical_batch
         self._contract, self._site, self._local_lr = contract, site, contract.rule.local_lr
         by_person = contract.privacy.unit == "person"
         records = open_examples(data, contract, text=text, label=label, person=person if by_person else None)
+        self._records = records
         self._population = Population(len(records), contract.mechanism(site), owners=records.owners, lineage=lineage,
                                       contents=records.contents)
         if self._population.units < contract.data.floor:
@@ -51,25 +59,31 @@ class LocalTrainer:
         self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
         self._rank = ranks(self._rule, contract)[[s.name for s in contract.sites].index(site)]
         self._model = build(model, contract, self._rank)
+        self._model.to(compute.device)
         own = self._model.spec(self._rule.trains)
         self.spec = AdapterSpec(widened(own.shapes, contract.lora.r), own.trained)
         self._own, self._places = own, _places(self._rule, self.spec, own, self._rank)
         trained = {n: self._model.parameters[n] for n, _ in own.sizes}
-        self._grads = gradients(engine, self._model.module, trained, self._model.losses(records))
+        self._grads = gradients(compute.engine, self._model.module, trained, self._model.losses(records, compute),
+                                precision=compute.precision, checkpointing=compute.checkpointing)
 
     def probe(self) -> None:
-        """One backward pass of a synthetic record. Raises UsageError `dp.frozen`, `dp.no_per_sample_gradient`."""
+        """One backward pass of a synthetic record, then of a whole batch of it. Raises UsageError `dp.frozen`,
+        `dp.no_per_sample_gradient`; Refused `dp.memory`."""
         self._grads.check(self._probe)
+        self._grads.require_fit(self._size)
 
     def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
-        """local_steps noisy SGD steps from `adapter`, on what the rule trains in that round."""
-        mechanism, size = self._contract.mechanism(self._site, round_no), self._contract.privacy.physical_batch
+        """local_steps noisy SGD steps from `adapter`, on what the rule trains in that round. Raises Refused `data.changed`,
+        `dp.memory`."""
+        self._records.require_unchanged()
+        mechanism = self._contract.mechanism(self._site, round_no)
         columns = np.flatnonzero(np.repeat([self._rule.trains(name, round_no) for name, _ in self._own.sizes],
                                            [count for _, count in self._own.sizes]))
         begun, moved = self._rule.own(adapter, self._rank), np.zeros(self._own.dim, np.float32)
         for _ in range(mechanism.steps):
             self._model.load(self._own.add(begun, moved))
-            mean = noisy_mean(self._grads, self._population, mechanism, size, columns)
+            mean = noisy_mean(self._grads, self._population, mechanism, self._size, columns)
             moved[columns] = local_step(moved[columns], mean, local_lr=self._local_lr, mu=self._contract.rule.mu)
         change = np.zeros(self.spec.dim, np.float32)
         change[self._places] = moved

@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.compute import Precision
 from privacy.errors import Refused, UsageError
 from privacy.mechanism import DpMechanism
 from privacy.noise import lattice_noise, pitch
@@ -30,7 +31,6 @@ from privacy.population import Draw, Population
 if TYPE_CHECKING:
     import torch
 
-Precision = Literal["float32", "bfloat16"]
 Losses = Callable[[NDArray[np.int64]], "torch.Tensor"]
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}  # relative, of two copies of a record against one
 BLOCK = 2**17  # gradients at a time in float64: 1 MiB stays in cache
@@ -181,10 +181,7 @@ class ClippedGradients(ABC):
                 dropout.training = False
 
     def _one_each(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        import torch
-
-        device = next(iter(self.parameters.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._precision == "bfloat16"):
+        with autocast(next(iter(self.parameters.values())).device.type, self._precision):
             each = self._losses(indices).float()
         if each.shape != (len(indices),):
             raise UsageError("dp.no_per_sample_gradient", f"The loss of {len(indices)} records has the shape "
@@ -249,6 +246,13 @@ def noisy_mean(grads: ClippedGradients, population: Population, mechanism: DpMec
         total += part.sum(axis=0)
     total += lattice_noise(dim, sigma=mechanism.sigma, clip=mechanism.clip)
     return np.asarray(total * (pitch(mechanism.clip) / mechanism.denominator), np.float64)
+
+
+def autocast(device: str, precision: Precision) -> torch.autocast:
+    """Products in this precision, whatever surrounds them."""
+    import torch
+
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from privacy.dpsgd import ClippedGradients, Losses, Precision, uncovered
+from privacy.compute import Precision
+from privacy.dpsgd import ClippedGradients, Losses, uncovered
 
 if TYPE_CHECKING:
     import torch

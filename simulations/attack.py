@@ -59,7 +59,7 @@ class Site:
     """One record, or several, behind the product's trainer. n: number of records, all of them declared."""
 
     def __init__(self, contract: Contract, records: Sequence[Record], model: Path, folder: Path) -> None:
-        path = folder / "records.jsonl"
+        path = folder / f"records-{len(list(folder.iterdir()))}.jsonl"  # another site may still read its own
         path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in records))
         sites = tuple(s.model_copy(update={"n_decl": declared(len(records))}) for s in contract.sites)
         self.n, self._contract = len(records), contract.model_copy(update={"sites": sites})

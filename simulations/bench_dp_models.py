@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from privacy.compute import Engine
 from privacy.dpsgd import ClippedGradients, noisy_mean
-from privacy.engine import Engine, gradients
+from privacy.engine import gradients
 from privacy.mechanism import DpMechanism
 from privacy.population import Population
 

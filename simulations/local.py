@@ -113,7 +113,7 @@ def federation(settings: Settings, *, tap: Tap = lambda m, r: None, drop: Drop =
                 stack.callback(ledger.close)
             trainer = LocalTrainer(contract, name, model=Path(settings.model.path), data=Path(str(site.file)),
                                    text=settings.data.text, label=settings.data.label, person=settings.data.person,
-                                   lineage=ledger.lineage if ledger else "")
+                                   lineage=ledger.lineage if ledger else "", compute=settings.site.compute)
             handlers = SiteRound(contract, name, trainer=trainer, policy=policy, signer=signer,
                                  check_certificate=check, journal=journal, ledger=ledger,
                                  approval=approved(contract, name, policy, signer, own),

@@ -5,8 +5,10 @@ Records are sampled alike, so which of them are kept doesn't matter: it is the f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,23 +22,23 @@ Encode = Callable[[NDArray[np.int64]], tuple["Tensor", ...]]
 class RowCache:
     """encode: numbers of records, int64 (k,) -> tensors of k rows each, the same for a record whatever it is called with.
 
-    records: numbered 0 .. records - 1. limit: bytes that are kept; one record is encoded here to learn what it takes.
+    records: numbered 0 .. records - 1. like: what a synthetic record becomes. limit: bytes that are kept.
     """
 
-    def __init__(self, encode: Encode, records: int, *, limit: int) -> None:
+    def __init__(self, encode: Encode, records: int, *, like: tuple[Tensor, ...], limit: int) -> None:
         import torch
 
         self._encode = encode
-        first = encode(np.zeros(1, np.int64))
-        self.row_bytes = sum(part.element_size() * part[0].numel() for part in first)
+        self.row_bytes = sum(part.element_size() * part[0].numel() for part in like)
         self.kept = min(records, limit // max(1, self.row_bytes))
-        self._parts = tuple(torch.empty((self.kept, *part.shape[1:]), dtype=part.dtype) for part in first)
+        self._parts = tuple(torch.empty((self.kept, *part.shape[1:]), dtype=part.dtype) for part in like)
         self._known, self.whole = np.zeros(self.kept, bool), self.kept == records
 
     def fill(self, block: int) -> None:
-        """Encode what will be kept, `block` records at a time."""
+        """Encode what will be kept, `block` records at a time; a block that raises is left for `take`."""
         for start in range(0, self.kept, block):
-            self.take(np.arange(start, min(start + block, self.kept)))
+            with suppress(Exception):
+                self.take(np.arange(start, min(start + block, self.kept)))
 
     def take(self, rows: NDArray[np.int64]) -> tuple[Tensor, ...]:
         """Of these records, in this order; they may come again. Raises what `encode` raises, and keeps nothing then."""
@@ -57,3 +59,26 @@ class RowCache:
             whole[inside] = part[rows[inside]]
             whole[~inside] = fresh[places]
         return out
+
+
+def flat(prepared: Any) -> tuple[Tensor, ...]:
+    """The tensors of a dataclass of tensors, None, and such dataclasses, in the order of its fields."""
+    if prepared is None:
+        return ()
+    if not is_dataclass(prepared):
+        return (prepared,)
+    return tuple(part for field in fields(prepared) for part in flat(getattr(prepared, field.name)))
+
+
+def rebuilt(like: Any, parts: Iterable[Tensor]) -> Any:
+    """What `flat` took apart, of the same form as `like`."""
+    left = iter(parts)
+
+    def build(value: Any) -> Any:
+        if value is None:
+            return None
+        if not is_dataclass(value):
+            return next(left)
+        return replace(value, **{f.name: build(getattr(value, f.name)) for f in fields(value)})  # type: ignore[type-var]
+
+    return build(like)

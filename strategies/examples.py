@@ -28,6 +28,8 @@ class Examples(Protocol):
 
     def load(self) -> Any: ...
 
+    def require_unchanged(self) -> None: ...
+
 
 @dataclass(frozen=True)
 class Instructions:
@@ -51,6 +53,7 @@ class InstructionFile:
         self._table = Table.open(path, {"text": prompt, "label": answer}, person=person)
         self.owners: Owners | None = self._table.owners
         self.contents: Contents = self._table.contents
+        self.require_unchanged = self._table.require_unchanged
 
     def __len__(self) -> int:
         return len(self._table)

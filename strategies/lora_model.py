@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.compute import Compute, Device
 from privacy.contract import LoraTerms
-from privacy.dpsgd import Losses
+from privacy.dpsgd import Losses, autocast
 from privacy.errors import UsageError
 from strategies.adapter import HEAD, AdapterSpec
 from strategies.attention import attention
 from strategies.base import CORE, RESIDUAL, Rule
+from strategies.cache import RowCache, flat, rebuilt
 from strategies.examples import Examples
 from strategies.forms import Residuals, add_cores, as_plain_lora, saved_name
 from strategies.variants import check_layers, check_variant
@@ -83,18 +85,30 @@ class LoraModel(ABC):
         """Prepare a PUBLIC split once. The result gives the contract's metrics of the adapter that is loaded, over the
         split's valid records."""
 
-    def losses(self, file: Examples) -> Losses:
-        """Rows, int64 (b,) -> `each` of them. Row len(file) is the synthetic record. All are prepared now and kept, or,
-        without `keep`, read and prepared anew each time."""
-        count, no_ones = len(file), self.prepare(self.synthetic)
-        everything = self.prepare(file.load()) if self._keep else None
+    def losses(self, file: Examples, compute: Compute = Compute()) -> Losses:
+        """Rows, int64 (b,) -> `each` of them. Row len(file) is the synthetic record. What `prepare` makes of a record is
+        kept as far as compute.cache_mib lets it, and made anew beyond that and without `keep`."""
+        def prepare(records: Any) -> Any:
+            with autocast(compute.device, compute.precision):
+                return self.prepare(records)
+
+        count, no_ones = len(file), prepare(self.synthetic)
+        cache = RowCache(lambda rows: flat(prepare(file.take(rows))), count, like=flat(no_ones),
+                         limit=compute.cache_mib * 2**20 if self._keep else 0)
+        if cache.whole:
+            cache.fill(self.encode_batch)
 
         def losses(rows: NDArray[np.int64]) -> torch.Tensor:
-            if rows.max(initial=0) >= count:
-                return self.each(no_ones.take(np.zeros(len(rows), np.int64)))
-            return self.each(self.prepare(file.take(rows)) if everything is None else everything.take(rows))
+            parts = (flat(no_ones.take(np.zeros(len(rows), np.int64))) if rows.max(initial=0) >= count else
+                     cache.take(rows))
+            return self.each(rebuilt(no_ones, (part.to(compute.device) for part in parts)))
 
         return losses
+
+    def to(self, device: Device) -> None:
+        """Move all layers, those below the adapters too."""
+        with self.whole():
+            self.module.to(device)
 
     def spec(self, trains: Any) -> AdapterSpec:
         """trains: predicate on tensor names (a Rule's)."""
@@ -125,8 +139,8 @@ class LoraModel(ABC):
                       folder / "head.safetensors", metadata={"format": "pt"})
 
     def below(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-        """Input of the first adapted layer, float32 (n, length, width), for token ids and mask, int64 (n, length); None
-        where it isn't kept. Batches have one fixed shape, so no bit of it depends on the other records."""
+        """Input of the first adapted layer, float32 (n, length, width), for token ids and mask, int64 (n, length), all
+        on the CPU; None where it isn't kept. Batches have one fixed shape, so no bit of it depends on the other records."""
         import torch
 
         if not self.cached:
@@ -135,14 +149,14 @@ class LoraModel(ABC):
         def catch(_module: Any, args: Any, kwargs: Any) -> None:
             raise _Caught(args[0] if args else kwargs["hidden_states"])
 
-        hidden = torch.empty(len(ids), ids.shape[1], self._width)
+        hidden, device = torch.empty(len(ids), ids.shape[1], self._width), next(self._full.parameters()).device
         handle, size = self._full[self.adapted[0]].register_forward_pre_hook(catch, with_kwargs=True), self.encode_batch
         try:
             with torch.inference_mode(), self.whole():
                 for start in range(0, len(ids), size):
                     rows = np.resize(np.arange(start, min(start + size, len(ids))), size)
                     try:
-                        self.peft(input_ids=ids[rows], attention_mask=mask[rows])
+                        self.peft(input_ids=ids[rows].to(device), attention_mask=mask[rows].to(device))
                     except _Caught as caught:
                         hidden[start:start + size] = caught.hidden[:len(ids) - start]
         finally:

@@ -234,7 +234,7 @@ def test_real_training_inside_all_walls(tiny_model: Path, tiny_data: dict[str, P
         pytest.skip("not all walls hold here")
     request = {"contract": tiny_contract().to_bytes().decode(), "site": "site-a", "model": str(tiny_model),
                "data": str(tiny_data["site-a"]), "text": "text", "label": "label", "threads": 1, "person": "", "lineage": "",
-               "engine": "auto"}
+               "compute": {}}
     trainer = TrainerProcess(request, limit_s=PATIENT_S, sandbox=Sandbox(required=WALLS))
     try:
         delta = trainer.train(initial(trainer.spec, 0), 1)

@@ -15,9 +15,12 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from fl_client.training import LocalTrainer
+from privacy.compute import Compute
 from privacy.contract import Contract
 from privacy.errors import Refused, UsageError
 from strategies.adapter import initial
+from strategies.cache import RowCache
+from strategies.classifier import TextClassifier
 from strategies.records import load_records
 
 CANARY = "canary-51ac"
@@ -37,12 +40,12 @@ class Place:
             return [tuple(row) for row in csv.reader(f)][1:]
 
     def trainer(self, rows: Sequence[Row] | None = None, *, contract: Contract | None = None,
-                model: Path | None = None) -> LocalTrainer:
+                model: Path | None = None, compute: Compute = Compute()) -> LocalTrainer:
         path = self.folder / "own.csv"
         with path.open("w", newline="") as f:
             csv.writer(f).writerows([("text", "label"), *(self.rows if rows is None else rows)])
         return LocalTrainer(contract or self.exact(), "site-a", model=model or self.model, data=path, text="text",
-                            label="label")
+                            label="label", compute=compute)
 
     def exact(self, *, privacy: dict[str, Any] | None = None, site: dict[str, Any] | None = None,
               **sections: Any) -> Contract:
@@ -245,3 +248,64 @@ def test_site_that_the_contract_does_not_name(place: Place) -> None:
     with pytest.raises(UsageError) as caught:
         place.trainer(contract=place.exact(sites=("site-b", "site-c")))
     assert caught.value.code == "contract.no_such_site"
+
+
+# What a site may choose
+
+
+def test_what_is_kept_of_records_changes_no_bit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, none, some."""
+    want, made = change(place.trainer()), []
+    np.testing.assert_array_equal(change(place.trainer(compute=Compute(cache_mib=0))), want)
+
+    def some(*args: Any, like: Any, limit: int) -> RowCache:
+        made.append(RowCache(*args, like=like, limit=17 * RowCache(*args, like=like, limit=limit).row_bytes))
+        return made[-1]
+
+    monkeypatch.setattr("strategies.lora_model.RowCache", some)
+    np.testing.assert_array_equal(change(place.trainer()), want)
+    assert made[0].kept == 17
+
+
+def test_malformed_records_contribute_zero_where_nothing_is_kept(place: Place) -> None:
+    bad = [("", "heart"), *place.rows[1:]]
+    assert_same = [change(place.trainer(bad, compute=Compute(cache_mib=mib))) for mib in (0, 1024)]
+    np.testing.assert_array_equal(*assert_same)
+    assert (assert_same[0] != change(place.trainer())).any()
+
+
+@pytest.mark.parametrize(("compute", "near"), [
+    (Compute(precision="bfloat16"), 0.05), (Compute(checkpointing=True), 1e-5), (Compute(physical_batch=3), 1e-5),
+    (Compute(precision="bfloat16", checkpointing=True, cache_mib=0), 0.05), (Compute(engine="opacus"), 1e-5)], ids=str)
+def test_a_sites_choice_changes_rounding_only(place: Place, compute: Compute, near: float) -> None:
+    want = change(place.trainer())
+    trainer = place.trainer(compute=compute)
+    trainer.probe()
+    got = change(trainer)
+    assert np.linalg.norm(got - want) <= near * np.linalg.norm(want)
+
+
+def test_a_file_that_changed_since_it_was_opened_is_not_trained_on(place: Place) -> None:
+    trainer = place.trainer()
+    with (place.folder / "own.csv").open("a") as f:
+        f.write("one more,heart\n")
+    with pytest.raises(Refused) as caught:
+        change(trainer)
+    assert caught.value.code == "data.changed"
+
+
+def test_a_batch_over_the_memory_is_found_before_anything_is_spent(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = TextClassifier.each
+
+    def each(self: TextClassifier, prepared: Any) -> torch.Tensor:
+        if len(prepared.labels) > 20:
+            raise MemoryError
+        return honest(self, prepared)
+
+    monkeypatch.setattr(TextClassifier, "each", each)
+    with pytest.raises(Refused, match=r"site\.physical_batch=16") as caught:
+        place.trainer().probe()
+    assert caught.value.code == "dp.memory"
+    trainer = place.trainer(compute=Compute(physical_batch=16))
+    trainer.probe()
+    assert change(trainer).any()

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import privacy.noise as noise
+from privacy.compute import Engine
 from privacy.contract import LoraTerms, ModelTerms
 from privacy.dpsgd import ClippedGradients, noisy_mean
-from privacy.engine import Engine, gradients
+from privacy.engine import gradients
 from privacy.errors import UsageError
 from privacy.mechanism import DpMechanism, declared, default_delta
 from privacy.population import Draw, Population

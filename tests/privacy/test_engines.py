@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privacy import dpsgd, fused, fused_layers
+from privacy.compute import Engine
 from privacy.dpsgd import ClippedGradients, PerSampleGradients, noisy_mean
-from privacy.engine import Engine, gradients
+from privacy.engine import gradients
 from privacy.errors import UsageError
 from privacy.fused import FusedGradients
 from privacy.mechanism import DpMechanism

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from privacy import dpsgd, fused
-from privacy.dpsgd import ClippedGradients, Precision, noisy_mean
-from privacy.engine import Compute, Engine, gradients
+from privacy.compute import Compute, Engine, Precision
+from privacy.dpsgd import ClippedGradients, noisy_mean
+from privacy.engine import gradients
 from privacy.errors import Refused, UsageError
 from privacy.mechanism import DpMechanism
 from privacy.noise import pitch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from strategies.cache import RowCache
+from strategies.cache import RowCache, flat, rebuilt
 
 RECORDS, ROW = 20, 4 * 3 + 8
 
@@ -28,6 +30,9 @@ class Source:
         return torch.from_numpy(rows[:, None] + np.array([0, 0.25, 0.5])).float(), torch.from_numpy(rows * 7)
 
 
+LIKE = Source()(np.zeros(1, np.int64))
+
+
 def right(cache: RowCache, rows: NDArray[np.int64]) -> bool:
     got = cache.take(rows)
     want = Source()(rows)
@@ -39,28 +44,28 @@ def right(cache: RowCache, rows: NDArray[np.int64]) -> bool:
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_every_row_is_its_own_whatever_is_kept(asks: list[list[int]], limit: int) -> None:
     source = Source()
-    cache = RowCache(source, RECORDS, limit=limit)
+    cache = RowCache(source, RECORDS, like=LIKE, limit=limit)
     assert cache.row_bytes == ROW
     assert cache.kept * ROW <= limit
     for rows in asks:
         assert right(cache, np.array(rows))
-    seen = [row for ask in source.asked[1:] for row in ask]
+    seen = [row for ask in source.asked for row in ask]
     assert all(seen.count(row) == 1 for row in seen if row < cache.kept), "what is kept is made once"
 
 
 def test_what_fits_is_encoded_once_in_blocks() -> None:
     source = Source()
-    cache = RowCache(source, RECORDS, limit=10**6)
+    cache = RowCache(source, RECORDS, like=LIKE, limit=10**6)
     cache.fill(8)
     assert cache.whole
-    assert [len(ask) for ask in source.asked[1:]] == [8, 8, 4]
+    assert [len(ask) for ask in source.asked] == [8, 8, 4]
     assert right(cache, np.arange(RECORDS)[::-1].copy())
-    assert len(source.asked) == 4
+    assert len(source.asked) == 3
 
 
 def test_nothing_is_kept_of_an_encoding_that_raised() -> None:
     source = Source()
-    cache = RowCache(source, RECORDS, limit=10**6)
+    cache = RowCache(source, RECORDS, like=LIKE, limit=10**6)
     source.bad = 5
     with pytest.raises(ValueError):
         cache.take(np.array([4, 5]))
@@ -69,8 +74,32 @@ def test_nothing_is_kept_of_an_encoding_that_raised() -> None:
 
 
 def test_planted_row_of_another_record_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = RowCache(Source(), RECORDS, limit=7 * ROW)
+    cache = RowCache(Source(), RECORDS, like=LIKE, limit=7 * ROW)
     assert right(cache, np.array([9, 3, 15]))
     honest = np.searchsorted
     monkeypatch.setattr(np, "searchsorted", lambda a, v: honest(a, v) if np.ndim(v) == 0 else honest(a, v)[::-1].copy())
     assert not right(cache, np.array([9, 3, 15]))
+
+
+@dataclass(frozen=True)
+class Inner:
+    ids: torch.Tensor
+    hidden: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    valid: torch.Tensor
+
+
+@pytest.mark.parametrize("hidden", [None, torch.arange(6).reshape(3, 2)])
+def test_what_is_taken_apart_is_put_together_again(hidden: torch.Tensor | None) -> None:
+    whole = Outer(Inner(torch.arange(3), hidden), torch.ones(3))
+    parts = flat(whole)
+    assert len(parts) == 2 + (hidden is not None)
+    again = rebuilt(whole, (part[1:] for part in parts))
+    assert torch.equal(again.inner.ids, torch.tensor([1, 2]))
+    assert (again.inner.hidden is None) == (hidden is None)
+    assert hidden is None or torch.equal(again.inner.hidden, hidden[1:])
+    assert torch.equal(again.valid, torch.ones(2))
