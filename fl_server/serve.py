@@ -17,6 +17,7 @@ from cryptography.x509 import Certificate
 from conf.settings import Settings
 from fl_server.assemble import check_folder, make_run, site_certificates
 from fl_server.exchange import Exchange
+from fl_server.finish import METRICS, finish, sealed
 from fl_server.fleet import FleetServer
 from fl_server.progress import Reporter
 from fl_server.run import Result
@@ -48,6 +49,8 @@ def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str,
     server, start = settings.server, time.monotonic()
     certificates, keys, trust = Path(server.certificates), Path(server.keys), Path(server.certificates) / "trust"
     contract = load_contract(read_file(Path(server.contract)))
+    if resume and sealed(Path(server.out)):
+        return finish(contract, Path(server.out), ca=TrustStore.load(trust).fingerprint)
     roster = {e.name: e for e in verify_roster(read_file(Path(server.roster)), TrustStore.load(trust))}
     signers = site_certificates(contract, roster)
     nodes = {name: roster[name].tls.public_bytes(Encoding.PEM) for name in signers}
@@ -70,7 +73,7 @@ def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str,
         result = run.run()
     metrics = _metrics(contract, result, ready - start, time.monotonic() - start)
     folder = Path(server.out)
-    FileLayer().write_atomic(folder / "metrics.json", canonical(metrics) + b"\n")
+    FileLayer().write_atomic(folder / METRICS, canonical(metrics) + b"\n")
     write_report(folder / "evidence", folder, ca=TrustStore.load(trust).fingerprint)
     return metrics
 

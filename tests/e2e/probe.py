@@ -53,6 +53,7 @@ def site(job: dict[str, Any]) -> int:
             self.spec = AdapterSpec(tuple((name, tuple(shape)) for name, shape in shapes), frozenset(trained))
 
         def train(self, adapter: Tensors, round_no: int) -> NDArray[np.float32]:
+            _note(job["dump"], stage="drawn", code="", round=round_no)
             return np.random.default_rng().standard_normal(self.spec.dim, np.float32)
 
         def close(self) -> None:
@@ -94,7 +95,8 @@ def site(job: dict[str, Any]) -> int:
 
 
 def coordinator(job: dict[str, Any]) -> int:
-    """`fl-server run`. job: overrides, dump; gather: each attempt begins once all sites are connected."""
+    """`fl-server run`, or another command of it. job: overrides, dump, command; gather: each attempt begins once all sites
+    are connected."""
     unmask, attempt = CoordinatorSession.unmask, RoundDriver.attempt
 
     def unmasked(session: CoordinatorSession) -> Any:
@@ -109,7 +111,7 @@ def coordinator(job: dict[str, Any]) -> int:
 
     CoordinatorSession.unmask = unmasked
     RoundDriver.attempt = gathered
-    sys.argv = ["fl-server", "run", *job["overrides"]]
+    sys.argv = ["fl-server", job.get("command", "run"), *job["overrides"]]
     return fl_server.cli.main()
 
 
