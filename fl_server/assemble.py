@@ -26,9 +26,14 @@ from privacy.trust_files import WatchedTrust
 from strategies.model import build
 
 
+def begun(folder: Path) -> bool:
+    """Whether a coordinator has begun a run there, however early it was killed."""
+    return any((folder / name).exists() for name in ("journal.jsonl", "evidence"))
+
+
 def check_folder(folder: Path) -> None:
     """Before anything slow: a run's folder is its own. Raises Refused `run.exists`."""
-    if any((folder / name).exists() for name in ("journal.jsonl", "evidence")):
+    if begun(folder):
         raise Refused("run.exists", "The output folder holds a run already.",
                       "Set server.out to a new folder; another run needs a contract of its own.")
 

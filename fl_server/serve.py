@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate
 
 from conf.settings import Settings
-from fl_server.assemble import check_folder, make_run, site_certificates
+from fl_server.assemble import begun, check_folder, make_run, site_certificates
 from fl_server.exchange import Exchange
 from fl_server.finish import METRICS, finish, sealed
 from fl_server.fleet import FleetServer
@@ -43,7 +43,7 @@ def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str,
     """
     if not resume:
         check_folder(Path(settings.server.out))
-    elif not (Path(settings.server.out) / "journal.jsonl").is_file():
+    elif not begun(Path(settings.server.out)):
         raise UsageError("run.nothing", "There is no run to go on with in this folder.", "Use fl-server run.")
     warnings.simplefilter("ignore")  # of torch and transformers; ours are errors in tests
     server, start = settings.server, time.monotonic()

@@ -13,6 +13,7 @@ import pytest
 from test_dropouts import ENVIRONMENT, Probe
 
 from conf import load_settings
+from fl_server.assemble import begun
 from fl_server.contracting import make_contract
 from fl_server.journal import status
 from privacy.verify import verify_bundle
@@ -48,10 +49,9 @@ class Place:
 
     def start(self, name: str) -> int:
         command = demo.commands(self.out, self.overrides, self.settings, self.port)[name]
-        begun = (self.out / "journal.jsonl").exists() and (self.out / "journal.jsonl").stat().st_size > 0
         job = {"overrides": command[command.index("run") + 1:], "log": f"{self.out}/{name}.log",
                "dump": f"{self.out}/{name}.dump", "spec": [self.spec.shapes, sorted(self.spec.trained)], "fall": {},
-               "gather": False, "command": "resume" if begun else "run"}
+               "gather": False, "command": "resume" if begun(self.out) else "run"}
         return int(self.probe.ask(do="start", role="coordinator" if name == "coordinator" else "site", job=job))
 
     def ended(self, name: str, timeout_s: float = 0.0) -> int | None:
