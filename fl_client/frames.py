@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from privacy.canonical import canonical, parse
-from privacy.errors import Unreachable
+from privacy.errors import Unreachable, UsageError
 
 _SIZES = struct.Struct("<IQ")
 MAX_HEADER = 2**20
@@ -46,8 +46,14 @@ class Peer:
         """limit: most bytes of payload."""
         header_size, size = _SIZES.unpack(self._read(_SIZES.size, end))
         if header_size > MAX_HEADER or size > limit:
-            raise Unreachable("trainer.gone", "The trainer's pipe holds something else.", "Restart the agent.")
-        return parse(self._read(header_size, end)), self._read(size, end)
+            raise _strange()
+        try:
+            header = parse(self._read(header_size, end))
+        except UsageError as e:
+            raise _strange() from e
+        if not isinstance(header, dict):
+            raise _strange()
+        return header, self._read(size, end)
 
     def _read(self, n: int, end: float | None) -> bytes:
         parts = []
@@ -70,6 +76,10 @@ class Peer:
             raise Unreachable("trainer.timeout", "The trainer took too long.", "Raise the limit, or use a smaller model.")
         if fd not in ready:
             raise _gone()
+
+
+def _strange() -> Unreachable:
+    return Unreachable("trainer.gone", "The trainer's pipe holds something else.", "Restart the agent.")
 
 
 def _gone() -> Unreachable:

@@ -37,8 +37,7 @@ class SiteJournal:
                 self._remember(event)
             except (UsageError, KeyError, TypeError, ValueError) as e:
                 self.close()
-                raise CheckFailed("journal.broken", f"{path.name} holds a line that the agent didn't write.",
-                                  "Restore the file; without it an update could be masked twice.") from e
+                raise _broken(path) from e
         if whole < len(data):  # torn by a crash before fsync returned
             self._files.truncate(self._fd, whole)
 
@@ -103,10 +102,19 @@ def _event(name: str, run: str, slot: Slot) -> dict[str, str | int]:
 
 
 def read_statements(path: Path) -> list[tuple[str, bytes]]:
-    """(kind, envelope) of what the site signed, in order, each once. Raises UsageError `file.missing`, `json.invalid`."""
+    """(kind, envelope) of what the site signed, in order, each once. Raises UsageError `file.missing`; CheckFailed
+    `journal.broken`."""
     data, out = read_file(path), dict[tuple[str, bytes], None]()
     for line in data[:data.rfind(b"\n") + 1].splitlines():
-        event = parse(line)
-        if event.get("event") == "stated":
-            out[str(event["kind"]), str(event["envelope"]).encode()] = None
+        try:
+            event = parse(line)
+            if event["event"] == "stated":
+                out[str(event["kind"]), str(event["envelope"]).encode()] = None
+        except (UsageError, KeyError, TypeError, ValueError) as e:
+            raise _broken(path) from e
     return list(out)
+
+
+def _broken(path: Path) -> CheckFailed:
+    return CheckFailed("journal.broken", f"{path.name} holds a line that the agent didn't write.",
+                       "Restore the file; without it an update could be masked twice.")

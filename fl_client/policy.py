@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -19,6 +20,9 @@ from privacy.predicates import Person
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.transcript import check_cohort
 from privacy.signing import code_digest
+
+MAX_POLICY_BYTES = 2**16
+MAX_POLICY_DEPTH = 2  # lists in a mapping
 
 
 class SitePolicy(Terms):
@@ -47,14 +51,29 @@ class SitePolicy(Terms):
 
 
 def load_policy(path: Path) -> SitePolicy:
-    """Raises UsageError `file.missing`, `policy.yaml`, `config.unknown_key`, `config.invalid`."""
+    """Raises UsageError `file.missing`, `file.too_large`, `policy.yaml`, `config.unknown_key`, `config.invalid`."""
+    return validate(SitePolicy, _plain(path.name, read_file(path, limit=MAX_POLICY_BYTES)))
+
+
+def _plain(name: str, data: bytes) -> Any:
+    """One YAML document of plain values, each key once; scalars stay text. Anchors and tags, which can make a page grow to
+    any size, and nesting are refused before anything is made of them."""
     import yaml
 
+    depth = 0
     try:
-        value = yaml.safe_load(read_file(path, limit=2**16))
-    except yaml.YAMLError as e:
-        raise UsageError("policy.yaml", f"{path.name} is not plain YAML.", "Start from docs/policy-example.yaml.") from e
-    return validate(SitePolicy, value)
+        for event in yaml.parse(data, yaml.BaseLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_POLICY_DEPTH or getattr(event, "anchor", None) or getattr(event, "tag", None):
+                raise yaml.YAMLError
+        loader = yaml.BaseLoader(data)
+        root = loader.get_single_node()
+        if isinstance(root, yaml.MappingNode) and len({str(key.value) for key, _ in root.value}) < len(root.value):
+            raise yaml.YAMLError
+        return None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, ValueError, OverflowError) as e:  # the latter two: escapes beyond Unicode
+        raise UsageError("policy.yaml", f"{name} is not plain YAML, or has a key twice.",
+                         "Start from docs/policy-example.yaml.") from e
 
 
 def accept(contract: Contract, site: str, policy: SitePolicy) -> None:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fl_client.frames import Peer
 from fl_client.sandbox import ENFORCED, MENDS, Sandbox
 from fl_client.trainer import spec_from_json
-from privacy.errors import CheckFailed, Refused, Unreachable, UsageError
+from privacy.errors import CheckFailed, ConsiloError, Refused, Unreachable, UsageError
 from strategies.adapter import AdapterSpec, Tensors
 
 log = logging.getLogger("consilo.trainer")
@@ -94,13 +94,28 @@ class TrainerProcess:
         for wall, reason in self.walls.items():
             if reason != ENFORCED:
                 log.warning("the trainer's wall %s doesn't hold (%s): %s", wall, reason, MENDS[reason])
-        self.spec = spec_from_json(child.ask(self._request, limit_s=LOAD_S)[0])
+        try:
+            self.spec = spec_from_json(child.ask(self._request, limit_s=LOAD_S)[0])
+        except (KeyError, TypeError, ValueError) as e:
+            raise _strange() from e
         return child
 
     def _drop(self, patience_s: float = 0.0) -> None:
         child, self._child = self._child, None
         if child is not None:
             child.end(patience_s)
+
+
+def _error(header: dict[str, Any]) -> ConsiloError:
+    """What the trainer says that it raised."""
+    try:
+        return KINDS.get(header.get("kind", ""), Refused)(**header["error"])
+    except (TypeError, AttributeError):  # not in the agreed form
+        return _strange()
+
+
+def _strange() -> Unreachable:
+    return Unreachable("trainer.gone", "The trainer answered something else.", "Restart the agent.")
 
 
 class _Child:
@@ -133,12 +148,12 @@ class _Child:
             self._peer.send(request, payload, end=end)
             header, result = self._peer.receive(limit=reply, end=end)
             if "error" not in header and len(result) != reply:
-                raise Unreachable("trainer.gone", "The trainer answered something else.", "Restart the agent.")
+                raise _strange()
         except BaseException:  # a reply may still come: it must not be read as the next one's
             self.end()
             raise
         if "error" in header:
-            raise KINDS.get(header.get("kind", ""), Refused)(**header["error"])
+            raise _error(header)
         return header, result
 
     def alive(self) -> bool:

@@ -44,16 +44,26 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         except UsageError:
             event = None
         if not isinstance(event, dict) or event.get("event") not in EVENTS:
-            raise CheckFailed("journal.broken", f"{path.name} holds a line that the coordinator didn't write.",
-                              "Restore the file from a copy.")
+            raise _broken(path)
         out.append(event)
     return out
 
 
+def _broken(path: Path) -> CheckFailed:
+    return CheckFailed("journal.broken", f"{path.name} holds a line that the coordinator didn't write.",
+                       "Restore the file from a copy.")
+
+
 def status(path: Path) -> dict[str, Any]:
     """What `fl-server status` says: the run, each attempt with the sites in its sum or why it is void, which sites were
-    lost (`site stage code`), and whether it has ended."""
-    events = read_events(path)
+    lost (`site stage code`), and whether it has ended. Raises as `read_events`; UsageError `journal.empty`."""
+    try:
+        return _status(read_events(path))
+    except KeyError as e:
+        raise _broken(path) from e
+
+
+def _status(events: list[dict[str, Any]]) -> dict[str, Any]:
     if not events or events[0]["event"] != "run":
         raise UsageError("journal.empty", "No run has been started in this folder.", "Give the folder of a run.")
     done = [e for e in events if e["event"] == "done"]

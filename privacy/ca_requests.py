@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from privacy.canonical import parse
@@ -31,16 +32,24 @@ def read_request(data: bytes) -> tuple[x509.CertificateSigningRequest, x509.Cert
     request = validate(Request, parse(data, limit=MAX_REQUEST_BYTES))
     try:
         tls, sign = (x509.load_pem_x509_csr(pem.encode()) for pem in (request.tls, request.sign))
-    except ValueError as e:
+        one_subject = tls.subject == sign.subject
+    except (ValueError, x509.InvalidVersion, UnsupportedAlgorithm) as e:
         raise _bad_request("it does not hold two PEM signing requests") from e
     if (not isinstance(public_key(tls), ec.EllipticCurvePublicKey)
             or not isinstance(public_key(sign), ed25519.Ed25519PublicKey)):
         raise _bad_request("its keys are not P-256 for TLS and Ed25519 for signatures")
-    if not (tls.is_signature_valid and sign.is_signature_valid):
+    if not (_proven(tls) and _proven(sign)):
         raise _bad_request("it does not prove that the applicant holds the keys")
-    if tls.subject != sign.subject:
+    if not one_subject:
         raise _bad_request("its two parts have different subjects")
     return tls, sign
+
+
+def _proven(request: x509.CertificateSigningRequest) -> bool:
+    try:
+        return request.is_signature_valid
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        return False
 
 
 def _bad_request(why: str) -> Refused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from typing import Any
 
@@ -50,6 +51,10 @@ def parse(data: bytes, *, limit: int = MAX_JSON_BYTES) -> Any:
     def constant(_: str) -> Any:
         raise bad("a number is not finite")
 
+    def real(text: str) -> float:
+        value = float(text)
+        return value if math.isfinite(value) else constant(text)  # 1e999
+
     if len(data) > limit:
         raise bad(f"larger than {limit} bytes")
     depth = deepest = 0
@@ -60,7 +65,8 @@ def parse(data: bytes, *, limit: int = MAX_JSON_BYTES) -> Any:
     if deepest > MAX_JSON_DEPTH:
         raise bad(f"nested deeper than {MAX_JSON_DEPTH}")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        return json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant,
+                          parse_float=real)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, ValueError) as e:
         raise bad("not well-formed") from e
 

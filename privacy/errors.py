@@ -17,18 +17,26 @@ import difflib
 from collections.abc import Iterable
 from enum import StrEnum
 
+MAX_WORDS = 4000  # characters of a cause or mend; the longest lists every key of the configuration
+
 
 class ConsiloError(Exception):
-    """Base of all errors that this project raises on purpose."""
+    """Base of all errors that this project raises on purpose. Whatever is named in it, it is printable and bounded."""
 
     exit_code = 70
 
     def __init__(self, code: str, cause: str, mend: str) -> None:
+        cause, mend = _line(cause), _line(mend)
         super().__init__(f"{code}: {cause} Mend: {mend}")
         self.code, self.cause, self.mend = code, cause, mend
 
     def as_dict(self) -> dict[str, dict[str, str]]:
         return {"error": {"code": self.code, "cause": self.cause, "mend": self.mend}}
+
+
+def _line(text: str) -> str:
+    text = " ".join(text[:MAX_WORDS].split()) + ("..." if len(text) > MAX_WORDS else "")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class CheckFailed(ConsiloError):

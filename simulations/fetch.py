@@ -8,8 +8,8 @@ written to the cache.
 
 from __future__ import annotations
 
+import errno
 import fnmatch
-import gzip
 import hashlib
 import os
 import shutil
@@ -165,8 +165,10 @@ def _extract(package: Package, archive: Path, out: Path) -> None:
                 (out / inner).parent.mkdir(parents=True, exist_ok=True)
                 with content() as source, (out / inner).open("wb") as target:
                     shutil.copyfileobj(source, target)
-    except (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError) as e:
-        raise _bad("The archive can't be read.") from e
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _bad("The archive can't be read.") from e  # encrypted, an unknown method, names that no file can have
     if lacking:
         raise _bad(f"The archive lacks {min(lacking)}.")
 

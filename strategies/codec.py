@@ -63,7 +63,8 @@ def read_folder(folder: Path, spec: AdapterSpec) -> dict[str, NDArray[np.float32
         config = json.loads(read_file(folder / "adapter_config.json", limit=MAX_CONFIG))
         check_variant(config)
         found = load_file(folder / "adapter_model.safetensors")
-    except (SafetensorError, ValueError, AttributeError, FileNotFoundError) as e:  # AttributeError: JSON, but no object
+    except (SafetensorError, ValueError, RecursionError, AttributeError, TypeError, OSError) as e:
+        # AttributeError: JSON, but no object. TypeError: numpy has no such type, as bfloat16.
         raise Refused("adapter.format", f"{folder.name} is no PEFT folder with safetensors.",
                       "Save the adapter with PEFT's save_pretrained.") from e
     own = tuple((name, shape) for name, shape in spec.shapes if ".lora_" in name)
