@@ -161,6 +161,29 @@ def doctor_command(overrides: Annotated[list[str] | None, typer.Argument(help="h
         raise typer.Exit(1)
 
 
+@app.command("estimate")
+def estimate_command(contract: Annotated[Path, typer.Argument(help="The contract; it need not be approved yet.")],
+                     overrides: Annotated[list[str] | None, typer.Argument(
+                         help="hydra overrides, e.g. site.name=hospital-a site.physical_batch=32")] = None,
+                     as_json: Json = False) -> None:
+    """Measure memory, time and traffic of a contract's training on this machine, on synthetic records. Nothing is spent."""
+    from conf import load_settings
+    from fl_client.estimate import estimate
+    from privacy.contract import load_contract
+    from privacy.files import read_file
+
+    settings = load_settings(overrides or [])
+    site = settings.site
+    if site.threads:
+        import torch
+
+        torch.set_num_threads(site.threads)
+    found = estimate(load_contract(read_file(contract)), site.name, Path(settings.model.path), site.compute)
+    cli_edge.emit(found.as_dict(), as_json, found.render())
+    if not found.fits:
+        raise typer.Exit(1)
+
+
 @app.command("run")
 def run_command(
         overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. site.data=mine.csv")] = None,

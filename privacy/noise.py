@@ -24,6 +24,7 @@ from scipy.special import ndtri
 
 LATTICE_BITS = 20
 BLOCK = 2**16  # normals at a time: 1 MiB of keystream
+SAMPLED = 2**18  # units at a time: memory doesn't follow their number
 UNSURE = 2.0**-20  # of a lattice point; the float's own error is below 2^-24
 
 
@@ -35,9 +36,11 @@ def random_words(n: int) -> NDArray[np.uint64]:
 
 def poisson_sample(units: int, q: float) -> NDArray[np.int64]:
     """Indices of the sampled units: each one independently with probability floor(q 2^64) / 2^64 <= q."""
-    limit = min(int(math.ldexp(q, 64)), 2**64 - 1)
-    words = random_words(units)
-    return np.flatnonzero(words <= limit if q == 1 else words < limit).astype(np.int64)
+    limit, found = min(int(math.ldexp(q, 64)), 2**64 - 1), [np.zeros(0, np.int64)]
+    for start in range(0, units, SAMPLED):
+        words = random_words(min(SAMPLED, units - start))
+        found.append(start + np.flatnonzero(words <= limit if q == 1 else words < limit))
+    return np.concatenate(found)
 
 
 def rounded_normal(n: int, scale: float) -> NDArray[np.int64]:
