@@ -17,7 +17,6 @@ class ModelSettings(Terms):
     pooling: Literal["mean", "cls"] = "mean"
     scale: float = Field(10.0, gt=0)
     max_length: int = Field(24, ge=2)
-    keep: bool = True
     chat: ChatTerms | None = Field(None, description="of causal_lm: how the model is asked")
     packing: bool = Field(False, description="refused: several records in a row have no gradients of their own")
 

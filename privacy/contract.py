@@ -53,8 +53,6 @@ class ModelTerms(Terms):
     pooling: Literal["mean", "cls"] = "mean"
     scale: float = Field(10.0, gt=0, description="factor on the L2-normalised sentence vector")
     max_length: int = Field(24, ge=2, le=8192, description="tokens; every record is padded or cut to it")
-    keep: bool = Field(True, description="of every record keep its tokens and what the layers below the adapters make of "
-                       "them: max_length x width x 4 bytes each; false: read and compute them in every step")
     chat: ChatTerms | None = Field(None, description="of causal_lm")
 
     @model_validator(mode="after")

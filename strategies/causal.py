@@ -50,7 +50,7 @@ class CausalLM(LoraModel):
         base, tokenizer = load_base("AutoModelForCausalLM", folder)
         self.terms = chat
         self.chat = ChatRenderer(tokenizer, chat, model.max_length)
-        super().__init__(base, lora, rule, {}, keep=model.keep)
+        super().__init__(base, lora, rule, {})
         self._at: torch.Tensor | None = None
         base.get_output_embeddings().register_forward_pre_hook(self._answers_only)
         self.module = _module(self)

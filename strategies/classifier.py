@@ -26,7 +26,7 @@ PLAIN = Ffa()  # its adapter is PEFT's tensors and the head
 @dataclass(frozen=True)
 class Batch:
     """input_ids, mask: int64 (n, length). hidden: float32 (n, length, width), input of the first adapted layer, or None
-    where it isn't kept."""
+    where there are none below it."""
 
     input_ids: torch.Tensor
     mask: torch.Tensor
@@ -62,7 +62,7 @@ class TextClassifier(LoraModel):
         self.head = torch.nn.Linear(base.config.hidden_size, classes)
         torch.nn.init.zeros_(self.head.weight)
         torch.nn.init.zeros_(self.head.bias)
-        super().__init__(base, lora, rule, dict(self.head.named_parameters(prefix="head")), keep=model.keep)
+        super().__init__(base, lora, rule, dict(self.head.named_parameters(prefix="head")))
         self.module = _module(self)
 
     @property

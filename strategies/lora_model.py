@@ -47,17 +47,15 @@ class LoraModel(ABC):
     encode_batch: ClassVar[int]  # records that go through the lower layers together
     module: torch.nn.Module
 
-    def __init__(self, base: Any, lora: LoraTerms, rule: Rule, head: Mapping[str, torch.nn.Parameter], *,
-                 keep: bool = True) -> None:
-        """head: trained tensors beside LoRA's, by name. keep: every record's tokens and its output of the lower layers."""
+    def __init__(self, base: Any, lora: LoraTerms, rule: Rule, head: Mapping[str, torch.nn.Parameter]) -> None:
+        """head: trained tensors beside LoRA's, by name."""
         base.eval().requires_grad_(False)
         self._find_layers(base)
         self._width = int(base.config.hidden_size)
         self.adapted = sorted({self._layer_index(i) for i in lora.layers})
         self.peft = with_lora(base, lora, self.adapted, self.task)
         self._head = dict(head)
-        self._keep, self.cached = keep, keep and self.adapted[0] > 0
-        self._tail = _tail(self._full, self.adapted[0]) if self.cached else self._full
+        self._tail = _tail(self._full, self.adapted[0]) if self.adapted[0] else self._full
         self._shapes = rule.tensors(tuple((n, tuple(p.shape)) for n, p in self._named_parameters().items()))
         if any(name.endswith(CORE) for name, _ in self._shapes):
             add_cores(self.peft)
@@ -87,14 +85,14 @@ class LoraModel(ABC):
 
     def losses(self, file: Examples, compute: Compute = Compute()) -> Losses:
         """Rows, int64 (b,) -> `each` of them. Row len(file) is the synthetic record. What `prepare` makes of a record is
-        kept as far as compute.cache_mib lets it, and made anew beyond that and without `keep`."""
+        kept as far as compute.cache_mib lets it, and made anew beyond that."""
         def prepare(records: Any) -> Any:
             with autocast(compute.device, compute.precision):
                 return self.prepare(records)
 
         count, no_ones = len(file), prepare(self.synthetic)
         cache = RowCache(lambda rows: flat(prepare(file.take(rows))), count, like=flat(no_ones),
-                         limit=compute.cache_mib * 2**20 if self._keep else 0)
+                         limit=compute.cache_mib * 2**20)
         if cache.whole:
             cache.fill(self.encode_batch)
 
@@ -140,10 +138,10 @@ class LoraModel(ABC):
 
     def below(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
         """Input of the first adapted layer, float32 (n, length, width), for token ids and mask, int64 (n, length), all
-        on the CPU; None where it isn't kept. Batches have one fixed shape, so no bit of it depends on the other records."""
+        on the CPU; None where no layer is below. Batches have one fixed shape, so no bit of it depends on other records."""
         import torch
 
-        if not self.cached:
+        if self._tail is self._full:
             return None
 
         def catch(_module: Any, args: Any, kwargs: Any) -> None:
@@ -174,7 +172,7 @@ class LoraModel(ABC):
 
     def inject(self, hidden: torch.Tensor | None) -> None:
         """Where the next forward pass of the module starts from."""
-        if self.cached:
+        if self._tail is not self._full:
             self._tail[0].hidden = hidden
 
     def _find_layers(self, base: Any) -> None:

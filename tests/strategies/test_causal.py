@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from privacy.compute import Compute
 from privacy.contract import ChatTerms, LoraTerms, ModelTerms
 from privacy.dpsgd import ClippedGradients
 from privacy.engine import Engine, gradients
@@ -28,9 +29,9 @@ PAIRS = [("a cough", "lung: cough"), ("my", "lung"), ("some rash again " * 12, "
          ("old child left right night pulse", "heart: pulse"), ("itch", "skin: itch mole"), ("slow breath", "lung: breath")]
 
 
-def model(folder: Path, *, keep: bool = True, separator: str | None = ":", **lora: Any) -> CausalLM:
+def model(folder: Path, *, separator: str | None = ":", **lora: Any) -> CausalLM:
     chat = ChatTerms(max_answer=ANSWER, separator=separator)
-    terms = ModelTerms(weights="0" * 64, tokenizer="0" * 64, task="causal_lm", max_length=LENGTH, keep=keep, chat=chat)
+    terms = ModelTerms(weights="0" * 64, tokenizer="0" * 64, task="causal_lm", max_length=LENGTH, chat=chat)
     made = CausalLM(folder, terms, chat, LoraTerms.model_validate(
         {"r": 2, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "layers": (-2, -1)} | lora))
     made.load(values(made))
@@ -184,14 +185,16 @@ def test_a_record_that_cannot_be_rendered_contributes_nothing(tiny_llm: Path, tm
 
 @pytest.mark.parametrize("layers", [(-1,), (-2, -1), (0, 1, 2)])
 def test_cached_lower_layers_change_no_loss(tiny_llm: Path, file: InstructionFile, layers: tuple[int, ...]) -> None:
-    """keep=False reads, renders and computes each record anew; the synthetic record is the row after the last."""
-    cached, anew = (model(tiny_llm, keep=keep, layers=layers) for keep in (True, False))
-    assert cached.prepare(instructions(PAIRS)).hidden is None if 0 in layers else True
-    assert anew.prepare(instructions(PAIRS)).hidden is None
-    rows = everyone(file)[::-1].copy()
-    np.testing.assert_allclose(cached.losses(file)(rows).detach(), anew.losses(file)(rows).detach(), rtol=1e-5)
-    synthetic = np.array([len(file)] * 2)
-    np.testing.assert_allclose(cached.losses(file)(synthetic).detach(), anew.losses(file)(synthetic).detach(), rtol=1e-5)
+    """Kept, or read, rendered and computed anew in each step; the synthetic record is the row after the last."""
+    made, whole = model(tiny_llm, layers=layers), model(tiny_llm, layers=(0, 1, 2))
+    assert (made.prepare(instructions(PAIRS)).hidden is None) == (0 in layers)
+    whole.load({n: made.parameters[n].detach().numpy() if n in made.parameters else np.zeros(p.shape, np.float32)
+                for n, p in whole.parameters.items()})
+    kept, anew, through = made.losses(file), made.losses(file, Compute(cache_mib=0)), whole.losses(file)
+    for rows in (everyone(file)[::-1].copy(), np.array([len(file)] * 2)):
+        want = through(rows).detach()
+        np.testing.assert_allclose(kept(rows).detach(), want, rtol=1e-5)
+        np.testing.assert_allclose(anew(rows).detach(), want, rtol=1e-5)
 
 
 def test_saved_folder_gives_the_same_logits_through_peft(tiny_llm: Path, tmp_path: Path) -> None:
