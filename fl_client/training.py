@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +21,12 @@ from privacy.population import Population
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.base import ranks, widened
 from strategies.examples import open_examples
+from strategies.lora_model import LoraModel
 from strategies.model import build
 from strategies.prox import local_step
 from strategies.rules import Rule, rule
+
+Make = Callable[[Path, Contract, int | None], LoraModel]
 
 
 class Trainer(Protocol):
@@ -40,10 +44,13 @@ class LocalTrainer:
 
     Raises at construction: Refused `model.digest`, `data.floor`, `device.absent`; UsageError from model, data and DP
     coverage.
+
+    make: `model.build`, or what gives the same; a bench shares work between runs by it.
     """
 
     def __init__(self, contract: Contract, site: str, *, model: Path, data: Path, text: str, label: str,
-                 person: str | None = None, lineage: str = "", compute: Compute = Compute()) -> None:
+                 person: str | None = None, lineage: str = "", compute: Compute = Compute(),
+                 make: Make = build) -> None:
         compute.require_device()
         self._size = compute.physical_batch or contract.privacy.physical_batch
         self._contract, self._site, self._local_lr = contract, site, contract.rule.local_lr
@@ -58,7 +65,7 @@ class LocalTrainer:
         self._probe = len(records)  # the row of a synthetic record, never sampled
         self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
         self._rank = ranks(self._rule, contract)[[s.name for s in contract.sites].index(site)]
-        self._model = build(model, contract, self._rank)
+        self._model = make(model, contract, self._rank)
         self._model.to(compute.device)
         own = self._model.spec(self._rule.trains)
         self.spec = AdapterSpec(widened(own.shapes, contract.lora.r), own.trained)

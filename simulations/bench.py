@@ -141,6 +141,44 @@ def dp_step_command(
         raise typer.Exit(1)
 
 
+@app.command("rules")
+def rules_command(
+        overrides: Annotated[list[str] | None, typer.Argument(help="hydra overrides, as for `run`.")] = None,
+        rules: Annotated[list[str] | None, typer.Option("--rule", help="A name, perhaps with overrides of its own after it: "
+                                                        "'krum rule.byzantine=0'. All by default.")] = None,
+        seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ..; means are reported.")] = 3,
+        keep: Annotated[Path | None, typer.Option(help="JSON lines of runs that are done, which aren't repeated.")] = None,
+        threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
+        as_json: Json = False) -> None:
+    """Aggregation rules side by side on a text classification task, with the configuration's privacy."""
+    import warnings
+
+    from simulations.bench_rules import render, run
+    from strategies.rules import RULES
+
+    warnings.simplefilter("ignore")
+    found = run(overrides or [], rules=rules or list(RULES), seeds=range(seeds), keep=keep, threads=threads,
+                say=lambda line: typer.echo(line, err=True))
+    cli_edge.emit(rounded(found), as_json, render(found))
+
+
+@app.command("scale")
+def scale_command(
+        sites: Annotated[int, typer.Option(min=3, max=10_000, help="More than 64 are summed in groups.")] = 64,
+        dim: Annotated[int, typer.Option(min=1, max=2**26, help="Values in an update.")] = 1_000_000,
+        as_json: Json = False) -> None:
+    """The coordinator's memory and CPU with so many sites, beside the same with 8; processes over mutual TLS on loopback.
+
+    Exits with 1 if a mean is wrong.
+    """
+    from simulations.bench_scale import render, run
+
+    found = run(sites=sites, dim=dim)
+    cli_edge.emit(rounded(found), as_json, render(found))
+    if not found["exact"]:
+        raise typer.Exit(1)
+
+
 @app.command("strategies")
 def strategies_command(
         silos: Annotated[int, typer.Option(min=1, max=64)] = 8,

@@ -46,9 +46,9 @@ def peak_growth(work: Callable[[], object]) -> int | None:
     """Most resident bytes of this process while `work` runs, less those before it. None where the kernel doesn't tell."""
     try:
         _CLEAR.write_text("5")  # proc(5): the peak starts from here
-        before = _status("VmRSS")
+        before = status("VmRSS")
         work()
-        return _status("VmHWM") - before
+        return status("VmHWM") - before
     except (OSError, KeyError):
         return None
 
@@ -58,6 +58,7 @@ def _encode_and_mask(encoding: Encoding, update: NDArray[np.float32], neighbours
     prg.add_masks(y, [(os.urandom(32), 1) for _ in range(neighbours + 1)], threads=threads)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
+    """Bytes of a field of this process' memory (VmRSS: resident now; VmHWM: at most so far). Raises OSError, KeyError."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024

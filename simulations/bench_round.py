@@ -79,7 +79,7 @@ def run(*, sites: int, dim: int, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="consilo-") as name:
         folder = Path(name)
         trust = folder / "ca"
-        roster = _consortium(folder, names)
+        roster = consortium(folder, names)
         contracts = _contracts(folder, {n: roster[n].sign_fingerprint for n in names}, rounds + 1)
         issued, spec = trust / "issued" / COORDINATOR, _spec(dim)
         with FleetServer(host="127.0.0.1", port=0, certificate=issued / "tls.pem",
@@ -225,7 +225,7 @@ def _sites(folder: Path, names: Sequence[str], port: int, dim: int) -> Iterator[
                 process.wait()
 
 
-def _consortium(folder: Path, names: Sequence[str]) -> dict[str, ca.RosterEntry]:
+def consortium(folder: Path, names: Sequence[str]) -> dict[str, ca.RosterEntry]:
     """CA, identities and the roster."""
     trust = folder / "ca"
     ca.init(trust, "Bench consortium", days=1)

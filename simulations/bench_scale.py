@@ -1,0 +1,224 @@
+"""`fl-simulate bench scale`: what the coordinator needs as sites join: resident memory and CPU, of a process of its own.
+
+That process is the product's coordinator (FleetServer, Exchange, RoundDriver) over mutual TLS on loopback, with secure
+aggregation. The sites are agents (FleetLink, SiteRound, journals) as threads of another process, without a model: an
+update is drawn. More than GROUP sites are summed in groups, one after the other. docs/benchmarks.md documents every field.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cryptography.hazmat.primitives.serialization import Encoding as CertificateEncoding
+from numpy.typing import NDArray
+
+from fl_client.approval import approve, approved
+from fl_client.journal import SiteJournal
+from fl_client.link import FleetLink, build_app
+from fl_client.link_tls import coordinator_check
+from fl_client.policy import accept
+from fl_client.round import SiteRound
+from fl_client.witness import Witness
+from fl_server.attempt import Deadlines
+from fl_server.exchange import Exchange
+from fl_server.fleet import FleetServer
+from fl_server.round import RoundDriver
+from privacy import __version__, ca
+from privacy.canonical import canonical
+from privacy.contract import Contract, load_contract
+from privacy.errors import Unreachable
+from privacy.files import FileLayer, read_file
+from privacy.identity import FileSigner, Role, TrustStore
+from privacy.secagg.encoding import Encoding
+from privacy.secagg.peers import certificate_check
+from privacy.secagg.transcript import least_threshold
+from privacy.signing import code_digest
+from simulations.bench import environment
+from simulations.bench_memory import status
+from simulations.bench_round import COORDINATOR, POLICY, RANGE, UPDATE, Drawn, consortium
+from strategies.adapter import Tensors
+
+BASELINE, GROUP, ROUNDS = 8, 64, 2
+RATIO = 1.2  # goal: peak memory to that with BASELINE sites
+WAIT_S = 600.0
+
+
+def run(*, sites: int, dim: int) -> dict[str, Any]:
+    """All figures of docs/benchmarks.md, `bench scale`. Raises Unreachable `bench.process` where a process fails."""
+    at_start = environment("numpy", "cryptography", "flwr")
+    measured = {n: _measured(n, dim) for n in sorted({min(BASELINE, sites), sites})}
+    own, base = measured[sites], measured[min(BASELINE, sites)]
+    peak, least = own["peak_bytes"], base["peak_bytes"]
+    ratio = None if peak is None or least is None else peak / least
+    found = {"bench": "scale", "sites": sites, "dim": dim, "rounds": ROUNDS, "groups": len(groups(sites)), "dtype": "uint32",
+             "environment": at_start, "peak_rss_mib": None if peak is None else peak / 2**20,
+             "cpu_s_per_site": own["cpu_s"] / sites / ROUNDS, "wall_s": own["wall_s"] / ROUNDS, "exact": own["exact"],
+             "baseline": {"sites": min(BASELINE, sites), "peak_rss_mib": None if least is None else least / 2**20,
+                          "cpu_s_per_site": base["cpu_s"] / min(BASELINE, sites) / ROUNDS},
+             "ratio_baseline": ratio, "samples": measured}
+    if ratio is not None:
+        found["goals"] = {"ratio_baseline": {"value": ratio, "limit": RATIO, "met": ratio <= RATIO}}
+    return found
+
+
+def groups(sites: int) -> list[range]:
+    """As few as hold at most GROUP sites each, of about the same size."""
+    count = -(-sites // GROUP)
+    return [range(a, b) for a, b in pairwise(i * sites // count for i in range(count + 1))]
+
+
+def render(found: dict[str, Any]) -> str:
+    """The same for people."""
+    own, base, ratio = found["peak_rss_mib"], found["baseline"], found["ratio_baseline"]
+    memory = "unknown: this isn't Linux" if ratio is None else (
+        f"{own:.1f} MiB; {base['peak_rss_mib']:.1f} MiB with {base['sites']} sites: ratio {ratio:.3f} (goal {RATIO})")
+    return "\n".join((
+        f"{found['sites']} sites in {found['groups']} group(s), {found['dim']} values, {found['rounds']} rounds",
+        f"means right: {'yes' if found['exact'] else 'NO'}", f"coordinator, peak resident memory: {memory}",
+        f"coordinator, CPU ms a site and round: {1e3 * found['cpu_s_per_site']:.2f}"))
+
+
+def _measured(sites: int, dim: int) -> dict[str, Any]:
+    """One coordinator process. It says when a group may come; the group's process ends with its stdin."""
+    with tempfile.TemporaryDirectory(prefix="consilo-") as name:
+        folder, names = Path(name), [f"site-{i:04d}" for i in range(sites)]
+        roster = consortium(folder, names)
+        for i, members in enumerate(groups(sites)):
+            _write_contract(folder / f"group-{i}.json", i, {names[k]: roster[names[k]].sign_fingerprint for k in members})
+        with _process("coordinate", str(folder), len(groups(sites)), dim) as coordinator:
+            for _ in groups(sites):
+                i, port = _said(coordinator)
+                with _process("serve", str(folder), i, port, dim):
+                    _said(coordinator)
+            return dict(_said(coordinator))
+
+
+def coordinate(folder: Path, count: int, dim: int) -> None:
+    """The coordinator process: a line on stdout for each group that is wanted or done, and what was measured last."""
+    trust, contracts = folder / "ca", [load_contract(read_file(folder / f"group-{i}.json")) for i in range(count)]
+    issued = trust / "issued" / COORDINATOR
+    roster = {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust)) if e.role is Role.SITE}
+    check, cpu, wall, means = certificate_check(TrustStore.load(trust)), 0.0, 0.0, []
+    with FleetServer(host="127.0.0.1", port=0, certificate=issued / "tls.pem", key=folder / "keys" / COORDINATOR / "tls.key",
+                     trusted=[trust / "issuing-site.pem"], crl=trust / "crl-site.pem",
+                     roster={n: e.tls.public_bytes(CertificateEncoding.PEM) for n, e in roster.items()}) as fleet:
+        exchange, spec, idle = Exchange(fleet.grid, fleet.nodes), Drawn(0, dim).spec, _status("VmRSS")
+        for i, contract in enumerate(contracts):
+            _say([i, fleet.port])
+            names = [site.name for site in contract.sites]
+            if missing := set(names) - exchange.wait_online(names, WAIT_S):
+                raise Unreachable("run.sites_missing", f"{len(missing)} sites aren't online.", "Their errors are above.")
+            driver = RoundDriver(contract, spec, exchange, deadlines=Deadlines(WAIT_S, WAIT_S), check_certificate=check,
+                                 certificates={n: roster[n].sign for n in names})
+            started, began = time.process_time(), time.perf_counter()
+            for no in range(1, ROUNDS + 1):
+                done = driver.attempt(no, 0, _adapter(dim, no))
+            cpu, wall = cpu + time.process_time() - started, wall + time.perf_counter() - began
+            means.append((driver, done.change[UPDATE]))
+            _say([i])
+        peak = _status("VmHWM")
+    exact = all(_exact(driver, mean) for driver, mean in means)
+    _say({"peak_bytes": peak, "idle_bytes": idle, "cpu_s": cpu, "wall_s": wall, "exact": exact})
+
+
+def serve(folder: Path, group: int, port: int, dim: int) -> None:
+    """A group's process: an agent in each thread, until stdin ends."""
+    contract, stop = load_contract(read_file(folder / f"group-{group}.json")), threading.Event()
+    for site in contract.sites:
+        threading.Thread(target=_agent, args=(folder, contract, site.name, port, dim, stop), daemon=True).start()
+    sys.stdin.read()
+    stop.set()
+
+
+def _agent(folder: Path, contract: Contract, name: str, port: int, dim: int, stop: threading.Event) -> None:
+    trust, state, keys = folder / "ca", folder / "state" / name, folder / "keys" / name
+    state.mkdir(mode=0o700, parents=True)
+    issued = trust / "issued" / name
+    signer = FileSigner(keys / "sign.key", issued / "sign.pem")
+    accept(contract, name, POLICY)
+    approve(contract, name, POLICY, signer, state, approver=POLICY.approver)
+    index = [site.name for site in contract.sites].index(name)
+    handlers = SiteRound(
+        contract, name, trainer=Drawn(index, dim), policy=POLICY, signer=signer, ledger=None,
+        check_certificate=certificate_check(TrustStore.load(trust)), journal=SiteJournal(state / "rounds.jsonl"),
+        approval=approved(contract, name, POLICY, signer, state),
+        witness=Witness(state, name, signer, certificate_check(TrustStore.load(trust), Role.COORDINATOR))).handlers()
+    FleetLink(f"https://localhost:{port}", issued / "tls.pem", keys / "tls.key", trust / "issuing-coordinator.pem",
+              check=coordinator_check(trust)).run(build_app(handlers), None, stop)
+
+
+def _adapter(dim: int, round_no: int) -> Tensors:
+    """Another one in each round: a site sends one update from an adapter."""
+    return {UPDATE: np.full(dim, round_no * 1e-6, np.float32)}
+
+
+def _exact(driver: RoundDriver, mean: NDArray[np.float32]) -> bool:
+    """Within the encoding's bound of the mean of what the sites drew in the last round."""
+    sites, terms = driver.contract.sites, driver.contract.secagg
+    truth = np.zeros(len(mean))
+    for i in range(len(sites)):
+        truth += Drawn(i, len(mean)).train(_adapter(len(mean), ROUNDS), ROUNDS)
+    encoding = Encoding(bits=terms.bits, ring=terms.ring, cohort=len(sites), ranges=((len(mean), RANGE),))
+    bound = encoding.error_bound([site.weight for site in sites])[0] + float(np.spacing(np.float32(2 * RANGE)))  # as float32
+    return bool(np.abs(mean - truth / len(sites)).max() <= bound)
+
+
+def _write_contract(file: Path, run: int, signers: dict[str, str]) -> None:
+    """A round without one of the sites is void."""
+    FileLayer().write_atomic(file, load_contract(canonical({
+        "run": f"{run:032x}", "purpose": "benchmark", "code_version": __version__, "code": code_digest(),
+        "expires": "2099-01-01T00:00:00Z", "model": {"weights": "0" * 64, "tokenizer": "0" * 64},
+        "data": {"name": "none", "labels": ["a", "b"]}, "lora": {}, "rule": {"max_norm": 1e9},
+        "privacy": {"trust": "none", "epsilon": None, "rounds": ROUNDS, "retries": 0},
+        "secagg": {"threshold": least_threshold(len(signers), 1), "survivors": len(signers), "range": RANGE,
+                   "bits": min(24, ((2**31 - 1) // len(signers) + 1).bit_length())},
+        "sites": [{"name": name, "signer": signer, "n_decl": 100, "delta": 1e-5, "sigma": 0.0}
+                  for name, signer in signers.items()]})).to_bytes())
+
+
+@contextmanager
+def _process(*job: Any) -> Iterator[subprocess.Popen[str]]:
+    variables = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+    with subprocess.Popen([sys.executable, "-P", "-m", "simulations.bench_scale", json.dumps(job)], env=variables,
+                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _said(process: subprocess.Popen[str]) -> Any:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise Unreachable("bench.process", "A process of the bench ended early.", "Its error is above.")
+    return json.loads(line)
+
+
+def _say(what: Any) -> None:
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def _status(name: str) -> int | None:
+    try:
+        return status(name)
+    except (OSError, KeyError):
+        return None
+
+
+if __name__ == "__main__":
+    work, where, *rest = json.loads(sys.argv[1])
+    (coordinate if work == "coordinate" else serve)(Path(where), *rest)
