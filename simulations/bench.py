@@ -6,6 +6,7 @@ process (`time.process_time`: user and system, every thread), so a thread more n
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
@@ -52,6 +53,29 @@ class Samples:
         """(CPU, wall) seconds of all calls of these names together."""
         every = [sample for name in names for sample in self.taken[name]]
         return sum(cpu for cpu, _ in every), sum(wall for _, wall in every)
+
+
+class Runs:
+    """Runs that are done, by what they were given; with a file of JSON lines they outlive this process."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self.runs: list[dict[str, Any]] = (
+            [json.loads(line) for line in file.read_text().splitlines()] if file and file.is_file() else [])
+
+    def once(self, key: Mapping[str, Any], work: Callable[[], Mapping[str, Any]], say: Callable[[str], None]
+             ) -> dict[str, Any]:
+        """`key` and what work() found for it, now or earlier."""
+        for one in self.runs:
+            if one.items() >= key.items():
+                return one
+        self.runs.append({**key, **work()})
+        line = json.dumps(self.runs[-1])
+        say(line)
+        if self._file:
+            with self._file.open("a") as f:
+                f.write(line + "\n")
+        return self.runs[-1]
 
 
 def environment(*packages: str) -> dict[str, Any]:
@@ -188,6 +212,7 @@ def strategies_command(
         seeds: Annotated[int, typer.Option(min=1, help="Seeds 0, 1, ..; means are reported.")] = 3,
         rules: Annotated[list[str] | None, typer.Option("--rule", help="One or more; all by default.")] = None,
         sweep: Annotated[bool, typer.Option("--sweep", help="Also against skew, rank and epsilon.")] = False,
+        keep: Annotated[Path | None, typer.Option(help="JSON lines of runs that are done, which aren't repeated.")] = None,
         threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
         as_json: Json = False) -> None:
     """Every aggregation rule on skewed and on alike silos: a frozen layer with LoRA on sentence vectors, 8 classes."""
@@ -199,7 +224,7 @@ def strategies_command(
     if not task.covered:
         raise typer.BadParameter("--silos times --classes is at least 8, so that every class is at some silo.")
     chosen = [rule(name, secure=False).name for name in rules or RULES]
-    found = run(task, rules=chosen, seeds=range(seeds), sweep=sweep, threads=threads,
+    found = run(task, rules=chosen, seeds=range(seeds), sweep=sweep, keep=keep, threads=threads,
                 say=lambda line: typer.echo(line, err=True))
     cli_edge.emit(rounded(found), as_json, render(found))
 

@@ -29,7 +29,7 @@ from fl_server.contracting import make_contract
 from fl_server.evaluation import PublicSplit
 from privacy.canonical import labelled_hash
 from privacy.contract import Contract
-from simulations.bench import environment
+from simulations.bench import Runs, environment
 from simulations.demo import embedded
 from simulations.local import declare_sites
 from strategies.adapter import Tensors, initial
@@ -84,21 +84,16 @@ def run(overrides: Sequence[str], *, rules: Sequence[str], seeds: Sequence[int],
     Raises as `load_settings`, `make_contract`, `LocalTrainer`, `PublicSplit` and the rules do.
     """
     torch.set_num_threads(threads)
-    at_start, models, runs = environment("numpy", "torch", "peft", "opacus"), Models(), _kept(keep)
-    settings = load_settings(overrides)
+    at_start, models, runs = environment("numpy", "torch", "peft", "opacus"), Models(), Runs(keep)
+    settings, mine = load_settings(overrides), list[dict[str, Any]]()
     embedded(settings)
     with tempfile.TemporaryDirectory() as folder:
         files = by_length(settings, Path(folder))
         for seed, words in itertools.product(seeds, rules):
-            key = {"overrides": sorted(overrides), "rule": words, "seed": seed}
-            if not any(one.items() >= key.items() for one in runs):
-                runs.append(key | play(settled([*overrides, *words.split()[1:]], words.split()[0], seed, files), models))
-                say(json.dumps(runs[-1]))
-                if keep:
-                    with keep.open("a") as f:
-                        f.write(json.dumps(runs[-1]) + "\n")
-    mine = [one for one in runs if one["overrides"] == sorted(overrides) and one["rule"] in rules and one["seed"] in seeds]
-    taken = {name: [one["accuracy"] for one in mine if one["rule"] == name] for name in rules}
+            name, *own = words.split()
+            mine.append(runs.once({"overrides": sorted(overrides), "rule": words, "seed": seed},
+                                  lambda: play(settled([*overrides, *own], name, seed, files), models), say))  # noqa: B023
+    taken = {words: [one["accuracy"] for one in mine if one["rule"] == words] for words in rules}
     return {"bench": "rules", "data": settings.data.name, "overrides": list(overrides), "epsilon": settings.privacy.epsilon,
             "rounds": settings.privacy.rounds, "units": mine[0]["units"], "seeds": list(seeds), "dtype": "float32",
             "accuracy": {name: mean(each) for name, each in taken.items()},
@@ -161,7 +156,3 @@ def by_length(settings: Settings, folder: Path) -> dict[str, Path]:
 
 def _contract(settings: Settings) -> Contract:
     return make_contract(settings, {name: f"{i:064x}" for i, name in enumerate(settings.data.sites)})  # no certificates
-
-
-def _kept(file: Path | None) -> list[dict[str, Any]]:
-    return [] if file is None or not file.is_file() else [json.loads(line) for line in file.read_text().splitlines()]

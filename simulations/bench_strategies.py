@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 
-from simulations.bench import environment
+from simulations.bench import Runs, environment
 from simulations.bench_strategies_task import LEARNING_RATE, Bench, Task
 from simulations.sentences import CLASSES, load
 from strategies.rules import RULES
@@ -26,20 +27,25 @@ SWEEP: dict[str, tuple[Any, ...]] = {"classes": (1, 2, 4, 8), "rank": (1, 2, 4, 
 Say = Callable[[str], None]
 
 
-def run(task: Task, *, rules: Sequence[str], seeds: Sequence[int], sweep: bool = False, threads: int = 1,
-        say: Say = lambda line: None) -> dict[str, Any]:
-    """All figures of docs/benchmarks.md, `bench strategies`. Raises as `sentences.load`, and UsageError `dp.*`."""
+def run(task: Task, *, rules: Sequence[str], seeds: Sequence[int], sweep: bool = False, keep: Path | None = None,
+        threads: int = 1, say: Say = lambda line: None) -> dict[str, Any]:
+    """All figures of docs/benchmarks.md, `bench strategies`. keep: JSON lines of runs that are done; they aren't repeated.
+
+    Raises as `sentences.load`, and UsageError `dp.*`.
+    """
     torch.set_num_threads(threads)
-    at_start, data, done = environment("numpy", "torch"), load(), dict[tuple[Task, str], list[float]]()
-    cpu = time.process_time()
+    at_start, data, done = environment("numpy", "torch"), load(), Runs(keep)
+
+    def accuracy(cell: Task, name: str, seed: int) -> float:
+        def play() -> dict[str, Any]:
+            start, bench = time.process_time(), Bench(data, cell, RULES[name], seed, LEARNING_RATES.get(name, LEARNING_RATE))
+            return {"accuracy": bench.accuracy(), "cpu_s": time.process_time() - start}
+
+        key = {"rule": name, "seed": seed, "learning_rate": LEARNING_RATES.get(name, LEARNING_RATE), **asdict(cell)}
+        return float(done.once(key, play, say)["accuracy"])
 
     def table(cell: Task) -> dict[str, list[float]]:
-        for name in rules:
-            if (cell, name) not in done:
-                done[cell, name] = [Bench(data, cell, RULES[name], seed, LEARNING_RATES.get(name, LEARNING_RATE)).accuracy()
-                                    for seed in seeds]
-                say(f"{name}: {mean(done[cell, name]):.4f}, {cell}")
-        return {name: done[cell, name] for name in rules}
+        return {name: [accuracy(cell, name, seed) for seed in seeds] for name in rules}
 
     samples = {"label_skew": table(task), "iid": table(replace(task, classes=len(CLASSES)))}
     found = {"bench": "strategies", "silos": task.silos, "classes": task.classes, "rank": task.rank, "epsilon": task.epsilon,
@@ -52,7 +58,7 @@ def run(task: Task, *, rules: Sequence[str], seeds: Sequence[int], sweep: bool =
     if sweep:
         found["sweep"] = {name: [{"at": at, "accuracy": table(replace(task, **{name: at}))} for at in points]
                           for name, points in SWEEP.items()}
-    return found | {"cpu_s": time.process_time() - cpu}
+    return found | {"cpu_s": sum(one["cpu_s"] for one in done.runs)}
 
 
 def _goals(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
