@@ -136,8 +136,9 @@ def estimate(contract: Contract, site: str, folder: Path, compute: Compute) -> E
     up, down = traffic(own_rule, contract, AdapterSpec(widened(own.shapes, contract.lora.r), own.trained))
     return Estimate(
         engine="fused" if isinstance(grads, FusedGradients) else "opacus", device=compute.device,
-        precision=compute.precision, dim=own.dim, batch=asked, fits=proposed == asked, proposed=proposed, model_mib=resident / MIB, step_mib=grown / MIB,
-        records_mib=kept * row * mechanism.n_decl / MIB, free_mib=free / MIB, kept=kept, records_per_step=records,
+        precision=compute.precision, dim=own.dim, batch=asked, fits=proposed == asked, proposed=proposed,
+        model_mib=resident / MIB, step_mib=grown / MIB, records_mib=kept * row * mechanism.n_decl / MIB,
+        free_mib=free / MIB, kept=kept, records_per_step=records,
         first_s=first_s, step_s=step_s, round_s=step_s * mechanism.steps,
         job_s=first_s + step_s * mechanism.steps * privacy.rounds, up_bytes=up, down_bytes=down)
 
