@@ -190,14 +190,15 @@ def rules_command(
 def scale_command(
         sites: Annotated[int, typer.Option(min=3, max=10_000, help="More than 64 are summed in groups.")] = 64,
         dim: Annotated[int, typer.Option(min=1, max=2**26, help="Values in an update.")] = 1_000_000,
+        network: Annotated[bool, typer.Option("--network", help="Mutual TLS on loopback in place of a pipe.")] = False,
         as_json: Json = False) -> None:
-    """The coordinator's memory and CPU with so many sites, beside the same with 8; processes over mutual TLS on loopback.
+    """The coordinator's memory and CPU with so many simulated sites, beside the same with 8.
 
     Exits with 1 if a mean is wrong.
     """
     from simulations.bench_scale import render, run
 
-    found = run(sites=sites, dim=dim)
+    found = run(sites=sites, dim=dim, network=network)
     cli_edge.emit(rounded(found), as_json, render(found))
     if not found["exact"]:
         raise typer.Exit(1)

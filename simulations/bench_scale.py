@@ -1,8 +1,9 @@
 """`fl-simulate bench scale`: what the coordinator needs as sites join: resident memory and CPU, of a process of its own.
 
-That process is the product's coordinator (FleetServer, Exchange, RoundDriver) over mutual TLS on loopback, with secure
-aggregation. The sites are agents (FleetLink, SiteRound, journals) as threads of another process, without a model: an
-update is drawn. More than GROUP sites are summed in groups, one after the other. docs/benchmarks.md documents every field.
+That process is the product's coordinator (Exchange, RoundDriver) with secure aggregation. The sites (SiteRound, journals)
+are in another one, without a model: an update is drawn. Between them is a pipe, over which one reply comes at a time, or,
+with `network`, all of FleetServer and one FleetLink a site, over mutual TLS on loopback. More than GROUP sites are summed
+in groups, one after the other. docs/benchmarks.md documents every field.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import Encoding as Certificate
 from numpy.typing import NDArray
 
 from fl_client.approval import approve, approved
+from fl_client.frames import Peer
 from fl_client.journal import SiteJournal
 from fl_client.link import FleetLink, build_app
 from fl_client.link_tls import coordinator_check
@@ -48,6 +50,7 @@ from privacy.signing import code_digest
 from simulations.bench import environment
 from simulations.bench_memory import status
 from simulations.bench_round import COORDINATOR, POLICY, RANGE, UPDATE, Drawn, consortium
+from simulations.bench_scale_pipe import PipeGrid, answer
 from strategies.adapter import Tensors
 
 BASELINE, GROUP, ROUNDS = 8, 64, 2
@@ -55,16 +58,17 @@ RATIO = 1.2  # goal: peak memory to that with BASELINE sites
 WAIT_S = 600.0
 
 
-def run(*, sites: int, dim: int) -> dict[str, Any]:
+def run(*, sites: int, dim: int, network: bool = False) -> dict[str, Any]:
     """All figures of docs/benchmarks.md, `bench scale`. Raises Unreachable `bench.process` where a process fails."""
     at_start = environment("numpy", "cryptography", "flwr")
-    measured = {n: _measured(n, dim) for n in sorted({min(BASELINE, sites), sites})}
+    measured = {n: _measured(n, dim, network) for n in sorted({min(BASELINE, sites), sites})}
     own, base = measured[sites], measured[min(BASELINE, sites)]
     peak, least = own["peak_bytes"], base["peak_bytes"]
     ratio = None if peak is None or least is None else peak / least
-    found = {"bench": "scale", "sites": sites, "dim": dim, "rounds": ROUNDS, "groups": len(groups(sites)), "dtype": "uint32",
-             "environment": at_start, "peak_rss_mib": None if peak is None else peak / 2**20,
-             "cpu_s_per_site": own["cpu_s"] / sites / ROUNDS, "wall_s": own["wall_s"] / ROUNDS, "exact": own["exact"],
+    found = {"bench": "scale", "sites": sites, "dim": dim, "network": network, "rounds": ROUNDS,
+             "groups": len(groups(sites)), "dtype": "uint32", "environment": at_start,
+             "peak_rss_mib": None if peak is None else peak / 2**20, "cpu_s_per_site": own["cpu_s"] / sites / ROUNDS,
+             "wall_s": own["wall_s"] / ROUNDS, "exact": own["exact"],
              "baseline": {"sites": min(BASELINE, sites), "peak_rss_mib": None if least is None else least / 2**20,
                           "cpu_s_per_site": base["cpu_s"] / min(BASELINE, sites) / ROUNDS},
              "ratio_baseline": ratio, "samples": measured}
@@ -85,78 +89,96 @@ def render(found: dict[str, Any]) -> str:
     memory = "unknown: this isn't Linux" if ratio is None else (
         f"{own:.1f} MiB; {base['peak_rss_mib']:.1f} MiB with {base['sites']} sites: ratio {ratio:.3f} (goal {RATIO})")
     return "\n".join((
-        f"{found['sites']} sites in {found['groups']} group(s), {found['dim']} values, {found['rounds']} rounds",
+        f"{found['sites']} sites in {found['groups']} group(s), {found['dim']} values, {found['rounds']} rounds, "
+        f"{'mutual TLS on loopback' if found['network'] else 'a pipe'}",
         f"means right: {'yes' if found['exact'] else 'NO'}", f"coordinator, peak resident memory: {memory}",
         f"coordinator, CPU ms a site and round: {1e3 * found['cpu_s_per_site']:.2f}"))
 
 
-def _measured(sites: int, dim: int) -> dict[str, Any]:
-    """One coordinator process. It says when a group may come; the group's process ends with its stdin."""
+def _measured(sites: int, dim: int, network: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="consilo-") as name:
         folder, names = Path(name), [f"site-{i:04d}" for i in range(sites)]
         roster = consortium(folder, names)
         for i, members in enumerate(groups(sites)):
             _write_contract(folder / f"group-{i}.json", i, {names[k]: roster[names[k]].sign_fingerprint for k in members})
-        with _process("coordinate", str(folder), len(groups(sites)), dim) as coordinator:
-            for _ in groups(sites):
-                i, port = _said(coordinator)
-                with _process("serve", str(folder), i, port, dim):
-                    _said(coordinator)
-            return dict(_said(coordinator))
+        with _process("coordinate", str(folder), len(groups(sites)), dim, network) as coordinator:
+            found, _ = coordinator.communicate()
+    if coordinator.returncode:
+        raise Unreachable("bench.process", "The bench's coordinator process failed.", "Its error is above.")
+    return dict(json.loads(found))
 
 
-def coordinate(folder: Path, count: int, dim: int) -> None:
-    """The coordinator process: a line on stdout for each group that is wanted or done, and what was measured last."""
+def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
+    """The coordinator process. What was measured goes to stdout."""
     trust, contracts = folder / "ca", [load_contract(read_file(folder / f"group-{i}.json")) for i in range(count)]
-    issued = trust / "issued" / COORDINATOR
     roster = {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust)) if e.role is Role.SITE}
     check, cpu, wall, means = certificate_check(TrustStore.load(trust)), 0.0, 0.0, []
-    with FleetServer(host="127.0.0.1", port=0, certificate=issued / "tls.pem", key=folder / "keys" / COORDINATOR / "tls.key",
-                     trusted=[trust / "issuing-site.pem"], crl=trust / "crl-site.pem",
-                     roster={n: e.tls.public_bytes(CertificateEncoding.PEM) for n, e in roster.items()}) as fleet:
-        exchange, spec, idle = Exchange(fleet.grid, fleet.nodes), Drawn(0, dim).spec, _status("VmRSS")
+    with _fleet(folder, roster) if network else nullcontext() as fleet:
+        idle = _status("VmRSS")
         for i, contract in enumerate(contracts):
-            _say([i, fleet.port])
             names = [site.name for site in contract.sites]
-            if missing := set(names) - exchange.wait_online(names, WAIT_S):
-                raise Unreachable("run.sites_missing", f"{len(missing)} sites aren't online.", "Their errors are above.")
-            driver = RoundDriver(contract, spec, exchange, deadlines=Deadlines(WAIT_S, WAIT_S), check_certificate=check,
-                                 certificates={n: roster[n].sign for n in names})
-            started, began = time.process_time(), time.perf_counter()
-            for no in range(1, ROUNDS + 1):
-                done = driver.attempt(no, 0, _adapter(dim, no))
-            cpu, wall = cpu + time.process_time() - started, wall + time.perf_counter() - began
+            with _process("serve", str(folder), i, fleet.port if fleet else 0, dim) as sites:
+                exchange = Exchange(fleet.grid, fleet.nodes) if fleet else _piped(sites, names)
+                if missing := set(names) - exchange.wait_online(names, WAIT_S):
+                    raise Unreachable("run.sites_missing", f"{len(missing)} sites aren't online.", "Their errors are above.")
+                driver = RoundDriver(contract, Drawn(0, dim).spec, exchange, deadlines=Deadlines(WAIT_S, WAIT_S),
+                                     check_certificate=check, certificates={n: roster[n].sign for n in names})
+                started, began = time.process_time(), time.perf_counter()
+                for no in range(1, ROUNDS + 1):
+                    done = driver.attempt(no, 0, _adapter(dim, no))
+                cpu, wall = cpu + time.process_time() - started, wall + time.perf_counter() - began
             means.append((driver, done.change[UPDATE]))
-            _say([i])
         peak = _status("VmHWM")
     exact = all(_exact(driver, mean) for driver, mean in means)
-    _say({"peak_bytes": peak, "idle_bytes": idle, "cpu_s": cpu, "wall_s": wall, "exact": exact})
+    sys.stdout.write(json.dumps({"peak_bytes": peak, "idle_bytes": idle, "cpu_s": cpu, "wall_s": wall, "exact": exact}))
 
 
 def serve(folder: Path, group: int, port: int, dim: int) -> None:
-    """A group's process: an agent in each thread, until stdin ends."""
-    contract, stop = load_contract(read_file(folder / f"group-{group}.json")), threading.Event()
-    for site in contract.sites:
-        threading.Thread(target=_agent, args=(folder, contract, site.name, port, dim, stop), daemon=True).start()
+    """The process of a group's sites, until stdin ends: an agent in each thread, or with port 0 all behind the pipe."""
+    contract, apps = load_contract(read_file(folder / f"group-{group}.json")), dict[int, Any]()
+    peer = Peer(os.dup(0), os.dup(1)) if not port else None
+    os.dup2(2, 1)  # whatever a library prints isn't a frame
+    for node, site in enumerate(contract.sites, 1):
+        apps[node] = build_app(_site(folder, contract, site.name, dim).handlers())
+    if peer:
+        answer(peer, apps)
+        return
+    stop, trust = threading.Event(), folder / "ca"
+    for node, site in enumerate(contract.sites, 1):
+        link = FleetLink(f"https://localhost:{port}", trust / "issued" / site.name / "tls.pem",
+                         folder / "keys" / site.name / "tls.key", trust / "issuing-coordinator.pem",
+                         check=coordinator_check(trust))
+        threading.Thread(target=link.run, args=(apps[node], None, stop), daemon=True).start()
     sys.stdin.read()
     stop.set()
 
 
-def _agent(folder: Path, contract: Contract, name: str, port: int, dim: int, stop: threading.Event) -> None:
-    trust, state, keys = folder / "ca", folder / "state" / name, folder / "keys" / name
+def _site(folder: Path, contract: Contract, name: str, dim: int) -> SiteRound:
+    trust, state = folder / "ca", folder / "state" / name
     state.mkdir(mode=0o700, parents=True)
-    issued = trust / "issued" / name
-    signer = FileSigner(keys / "sign.key", issued / "sign.pem")
+    signer = FileSigner(folder / "keys" / name / "sign.key", trust / "issued" / name / "sign.pem")
     accept(contract, name, POLICY)
     approve(contract, name, POLICY, signer, state, approver=POLICY.approver)
     index = [site.name for site in contract.sites].index(name)
-    handlers = SiteRound(
+    return SiteRound(
         contract, name, trainer=Drawn(index, dim), policy=POLICY, signer=signer, ledger=None,
         check_certificate=certificate_check(TrustStore.load(trust)), journal=SiteJournal(state / "rounds.jsonl"),
         approval=approved(contract, name, POLICY, signer, state),
-        witness=Witness(state, name, signer, certificate_check(TrustStore.load(trust), Role.COORDINATOR))).handlers()
-    FleetLink(f"https://localhost:{port}", issued / "tls.pem", keys / "tls.key", trust / "issuing-coordinator.pem",
-              check=coordinator_check(trust)).run(build_app(handlers), None, stop)
+        witness=Witness(state, name, signer, certificate_check(TrustStore.load(trust), Role.COORDINATOR)))
+
+
+def _fleet(folder: Path, roster: Mapping[str, ca.RosterEntry]) -> FleetServer:
+    trust, own = folder / "ca", folder / "keys" / COORDINATOR
+    return FleetServer(host="127.0.0.1", port=0, certificate=trust / "issued" / COORDINATOR / "tls.pem", key=own / "tls.key",
+                       trusted=[trust / "issuing-site.pem"], crl=trust / "crl-site.pem",
+                       roster={n: e.tls.public_bytes(CertificateEncoding.PEM) for n, e in roster.items()})
+
+
+def _piped(sites: subprocess.Popen[str], names: Sequence[str]) -> Exchange:
+    if sites.stdout is None or sites.stdin is None:
+        raise Unreachable("bench.process", "A process has no pipes.", "Run the bench again.")
+    nodes = {name: node for node, name in enumerate(names, 1)}
+    return Exchange(PipeGrid(Peer(sites.stdout.fileno(), sites.stdin.fileno()), list(nodes.values())), nodes)
 
 
 def _adapter(dim: int, round_no: int) -> Tensors:
@@ -198,18 +220,6 @@ def _process(*job: Any) -> Iterator[subprocess.Popen[str]]:
         except BaseException:
             process.kill()
             raise
-
-
-def _said(process: subprocess.Popen[str]) -> Any:
-    line = process.stdout.readline() if process.stdout else ""
-    if not line:
-        raise Unreachable("bench.process", "A process of the bench ended early.", "Its error is above.")
-    return json.loads(line)
-
-
-def _say(what: Any) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
 
 
 def _status(name: str) -> int | None:

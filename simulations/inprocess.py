@@ -99,10 +99,19 @@ class InProcessGrid(Grid):  # type: ignore[misc]
         return None if fault == "reply" else reply
 
 
+def deflated(message: Any) -> tuple[str, dict[str, bytes]]:
+    """A message's name, as Flower names it, and its serialised objects by theirs."""
+    return str(message.object_id), {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
+
+
+def inflated(name: str, objects: Mapping[str, bytes]) -> Any:
+    """Inverse of `deflated`."""
+    message = inflate_object_from_contents(name, dict(objects))
+    message.metadata.__dict__["_message_id"] = name
+    return message
+
+
 def _through_the_wire(message: Any) -> tuple[Any, int]:
-    """A copy made of the message's serialised objects, named as Flower names it, and their size in bytes."""
-    objects = {name: item.deflate() for name, item in get_all_nested_objects(message).items()}
-    size, name = sum(map(len, objects.values())), message.object_id
-    copy = inflate_object_from_contents(name, objects)
-    copy.metadata.__dict__["_message_id"] = name
-    return copy, size
+    """A copy made of the message's serialised objects, and their size in bytes."""
+    name, objects = deflated(message)
+    return inflated(name, objects), sum(map(len, objects.values()))
