@@ -17,6 +17,7 @@ from fl_client.training import LocalTrainer
 from privacy.errors import ConsiloError, Refused
 from privacy.report import write_report
 from privacy.verify import verify_bundle
+from simulations.demo import embedded
 from simulations.local import Outcome, federate
 from strategies.model import build
 
@@ -105,3 +106,18 @@ def test_what_does_not_fit_is_refused_before_anything_runs(overrides: Any, tmp_p
         run(overrides(override))
     assert caught.value.code == code
     assert not (tmp_path / "out" / "journal.jsonl").exists()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_smollm2_learns_privately(tmp_path: Path) -> None:
+    """Four rounds of the experiment: twelve minutes of a core."""
+    settings = load_settings(["experiment=hospital_llm", "privacy.rounds=4", "privacy.retries=0", "server.evaluate_every=4",
+                              f"server.out={tmp_path / 'out'}", f"server.log={tmp_path / 'log'}"])
+    embedded(settings)
+    outcome = federate(settings)
+    before, after = outcome.result.before.values, outcome.result.after.values
+    assert outcome.result.after.units == 400
+    assert after["answer_nll"] < before["answer_nll"] - 0.3
+    assert all(float(e) <= 8.0 for e in outcome.result.epsilon.values())
+    assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
