@@ -31,7 +31,7 @@ SCALE = 2.0  # alpha / r, at every rank
 LENGTH = 10.0  # of a sentence's vector
 HELD_OUT = 0.2
 BATCH, LEARNING_RATE = 128, 5e-3
-Q, CLIP, PHYSICAL = 0.125, 1.0, 512  # of DP-SGD
+Q, CLIP, PHYSICAL = 0.125, 1.0, 64  # of DP-SGD
 
 
 @dataclass(frozen=True, kw_only=True)
