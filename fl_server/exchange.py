@@ -12,7 +12,7 @@ pickle, no .npy header).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,6 +44,22 @@ class Note:
 
     body: bytes
     arrays: Mapping[str, Vector] = field(default_factory=dict)
+
+
+class Notes(Mapping[str, Note]):
+    """Notes of a body each, made when they are sent: index, by site, in `bodies`."""
+
+    def __init__(self, index: Mapping[str, int], bodies: Mapping[int, bytes]) -> None:
+        self._index, self._bodies = index, bodies
+
+    def __getitem__(self, site: str) -> Note:
+        return Note(self._bodies[self._index[site]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
 
 
 @dataclass(frozen=True)
@@ -95,8 +111,9 @@ class Exchange:
         end, good = time.monotonic() + deadline_s, 0
         gone, offline = set[str](), dict[str, float]()  # offline: since when
         kind, arrays = "train" if stage in TRAIN_STAGES else "query", dict[int, Any]()
-        messages = [self._grid.create_message(pack(note, arrays), f"{kind}.{stage}", self._node(site), "")
-                    for site, note in notes.items()]
+        nodes = {site: self._node(site) for site in notes}
+        messages = (self._grid.create_message(pack(note, arrays), f"{kind}.{stage}", nodes[site], "")
+                    for site, note in notes.items())
         asked = dict(zip(self._grid.push_messages(messages), notes, strict=True))
         del messages, arrays
         waiting, answers = dict(asked), {site: Answer(None, UNREACHABLE) for site in notes}
@@ -161,8 +178,8 @@ def read_answer(reply: Any) -> Answer:
 
 
 def pack(note: Note, packed: dict[int, Any] | None = None) -> Any:
-    """A note as a Flower `RecordDict`. Raises UsageError `exchange.note`. packed: arrays of notes, by identity, that
-    several messages share."""
+    """A note as a Flower `RecordDict`. Raises UsageError `exchange.note`. packed: the notes whose arrays
+    several messages share, by identity, and those arrays."""
     size = sum(vector.nbytes for vector in note.arrays.values())
     if len(note.body) > MAX_BODY_BYTES or len(note.arrays) > MAX_VECTORS or size > MAX_VECTOR_BYTES:
         raise UsageError("exchange.note", f"A note of {len(note.body)} + {size} bytes is over the limits.",
@@ -172,12 +189,12 @@ def pack(note: Note, packed: dict[int, Any] | None = None) -> Any:
     records = RecordDict({"c": ConfigRecord({"body": note.body})})
     packed = {} if packed is None else packed
     if note.arrays and id(note) not in packed:
-        packed[id(note)] = ArrayRecord({
+        packed[id(note)] = note, ArrayRecord({
             name: Array(vector.dtype.name, vector.shape, STYPE,
                         vector.astype(DTYPES[vector.dtype.name], copy=False).tobytes())
             for name, vector in note.arrays.items()})
     if note.arrays:
-        records["arrays"] = packed[id(note)]
+        records["arrays"] = packed[id(note)][1]
     return records
 
 

@@ -18,7 +18,7 @@ from cryptography.x509 import Certificate
 from numpy.typing import NDArray
 
 from fl_server.attempt import Deadlines, Done, Lost, Summed, check_round_site, void
-from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note, Vector
+from fl_server.exchange import MALFORMED, UNREACHABLE, Answer, Exchange, Note, Notes, Vector
 from privacy import stages
 from privacy.canonical import parse
 from privacy.contract import Contract, validate
@@ -90,7 +90,7 @@ class RoundDriver:
         m2 = Note(self._own(session.m2))
         there = ask("shares", dict.fromkeys(there, m2), lambda u, n: session.take_m3(u, n.body))
         m4 = self._own(session.m4)
-        there = ask("masked", {m.name: Note(m4[m.index]) for m in offer.cohort if m.name in there},
+        there = ask("masked", Notes({m.name: m.index for m in offer.cohort if m.name in there}, m4),
                     lambda u, n: self._take_masked(offer, session, u, n))
         m6 = Note(self._own(session.m6))
         voted = ask("vote", dict.fromkeys(there, m6), lambda u, n: session.take_m7(u, n.body), quorum=quorum)

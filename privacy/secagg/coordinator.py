@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -76,8 +76,8 @@ class CoordinatorSession:
             raise _left_out("plaintext", "A site's ciphertext has the wrong length.")
         self._m3[index] = m3
 
-    def m4(self) -> dict[int, bytes]:
-        """The message for each site of U2."""
+    def m4(self) -> Mapping[int, bytes]:
+        """The message for each site of U2, made when it is looked up: all of them together grow with the cohort's square."""
         self._u2 = self._members(self._m3)
         bodies: tuple[tuple[M3Body, bytes], ...] = tuple((self._m3[u].body, self._m3[u].signature) for u in self._u2)
         self.view = tr.t2(self._t1, [(b.index, b.to_bytes()) for b, _ in bodies])
@@ -86,7 +86,7 @@ class CoordinatorSession:
             self._m3[u] = self._m3[u].model_copy(update={"ciphertexts": ()})
         inbound = {u: tuple((v, sent[v][u]) for v in self._u2 if v != u) for u in self._u2}
         shared = dump(M4(bodies=bodies, inbound=())).removesuffix(b"[]}")  # the same for all, and most of the message
-        return {u: shared + dump(M4(bodies=(), inbound=inbound[u])).partition(b'"inbound":')[2] for u in self._u2}
+        return _Relayed(shared, inbound)
 
     def take_m5(self, index: int, data: bytes, y: Ring) -> None:
         """Verify, then add. Memory stays at one vector however many sites there are."""
@@ -183,6 +183,22 @@ class CoordinatorSession:
 
     def _verify(self, index: int, signature: bytes, signed: bytes) -> None:
         verify_signature(self._peers[index].certificate, signature, signed)
+
+
+class _Relayed(Mapping[int, bytes]):
+    """M4 by site. shared: its beginning; inbound: (sender, ciphertext) by receiver."""
+
+    def __init__(self, shared: bytes, inbound: Mapping[int, tuple[tuple[int, bytes], ...]]) -> None:
+        self._shared, self._inbound = shared, inbound
+
+    def __getitem__(self, u: int) -> bytes:
+        return self._shared + dump(M4(bodies=(), inbound=self._inbound[u])).partition(b'"inbound":')[2]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._inbound)
+
+    def __len__(self) -> int:
+        return len(self._inbound)
 
 
 def _check_sender(index: int, claimed: int, among: Sequence[int], seen: Mapping[int, object], over: bool) -> None:

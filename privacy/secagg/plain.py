@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -71,7 +72,7 @@ class PlainCoordinator:
     def take_m3(self, index: int, data: bytes) -> None:
         pass
 
-    def m4(self) -> dict[int, bytes]:
+    def m4(self) -> Mapping[int, bytes]:
         return {m.index: NOTHING for m in self.offer.cohort}
 
     def take_m5(self, index: int, data: bytes, y: Ring) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ LIMIT_S = 900.0  # of one run, however often something is killed in it
 class Place:
     """One run whose processes are killed and started again, the coordinator with `resume`."""
 
-    def __init__(self, probe: Probe, out: Path, model: Path, data: dict[str, Path]) -> None:
+    def __init__(self, probe: Probe, out: Path, model: Path, data: dict[str, Path], *more: str,
+                 prepare: Callable[[Place], None] = lambda place: None) -> None:
+        """prepare: between the approvals and the first process."""
         self.probe, self.out, self.port = probe, out, demo.free_port()
         files = [data[f"site-{x}"] for x in "abcab"]
         self.overrides = [
@@ -38,17 +41,21 @@ class Place:
             f"data.evaluation.file={data['public']}", "privacy.sigma=12.0", f"privacy.rounds={ROUNDS}",
             f"privacy.retries={RETRIES}", f"server.out={out}", f"server.log={out}/log", f"server.port={self.port}",
             "server.wait_s=120", "server.stage_deadline_s=6", "server.deadline_s=6", "server.evaluate_every=100",
-            "data.sites={" + ",".join(f"{n}:{{file:{f}}}" for n, f in zip(SITES, files, strict=True)) + "}"]
+            "data.sites={" + ",".join(f"{n}:{{file:{f}}}" for n, f in zip(SITES, files, strict=True)) + "}", *more]
         self.settings = declare_sites(load_settings(self.overrides))
         contract = make_contract(self.settings, {name: f"{k:064x}" for k, name in enumerate(SITES)})
         self.spec = build(model, contract).spec(rule(contract.rule.name, secure=True).trains)
         demo.empty(out)
         demo.consortium(out, self.settings)
         demo.approve_all(out, self.settings)
+        self.urls: dict[str, str] = {}
+        prepare(self)
         self.pids = {name: self.start(name) for name in ("coordinator", *SITES)}
 
     def start(self, name: str) -> int:
         command = demo.commands(self.out, self.overrides, self.settings, self.port)[name]
+        if name in self.urls:
+            command = [f"site.url={self.urls[name]}" if part.startswith("site.url=") else part for part in command]
         job = {"overrides": command[command.index("run") + 1:], "log": f"{self.out}/{name}.log",
                "dump": f"{self.out}/{name}.dump", "spec": [self.spec.shapes, sorted(self.spec.trained)], "fall": {},
                "gather": False, "command": "resume" if begun(self.out) else "run"}
@@ -74,6 +81,17 @@ class Place:
     def drawn(self, name: str) -> int:
         path = self.out / f"{name}.dump"
         return path.read_text().count('"stage": "drawn"') if path.exists() else 0
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        path = self.out / "journal.jsonl"
+        found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [e for e in found if e["event"] == kind]
+
+    def until(self, rounds: int) -> None:
+        end = time.monotonic() + LIMIT_S
+        while len(self.events("done")) < rounds:
+            assert time.monotonic() < end and self.ended("coordinator") is None, "no more rounds"
+            time.sleep(0.1)
 
     def check(self, code: int) -> None:
         """What holds however it ended: the evidence, the chain of adapters, and no draw without a charge."""

@@ -24,5 +24,5 @@ def test_demo_accuracy_over_three_seeds(tmp_path: Path) -> None:
         embedded(settings)
         outcome = federate(settings)
         assert all(float(e) <= 8.0 for e in outcome.result.epsilon.values())
-        found.append(outcome.result.after.accuracy)
+        found.append(outcome.result.after.values["accuracy"])
     assert median(found) >= REFERENCE - POINTS, found

@@ -18,7 +18,7 @@ def test_phrases_are_learned_privately(tmp_path: Path) -> None:
     prepare(fetch("hpo") / "hp.obo", cache_folder() / "hpo")
     outcome = federate(load_settings(["privacy.rounds=4", "privacy.retries=0", "server.evaluate_every=4",
                                       f"server.out={tmp_path / 'out'}"]))
-    assert outcome.result.after.accuracy > outcome.result.before.accuracy + 0.15
+    assert outcome.result.after.values["accuracy"] > outcome.result.before.values["accuracy"] + 0.15
     assert all(float(e) <= 8.0 for e in outcome.result.epsilon.values())
 
 

@@ -70,7 +70,7 @@ def on_disk(folder: Path) -> bytes:
 
 def test_federation_learns_and_its_evidence_verifies(overrides: Make, tmp_path: Path) -> None:
     outcome = run(overrides("privacy=none", "privacy.rounds=12", "privacy.q=1.0", "rule.server_lr=1.0"))
-    assert outcome.result.after.accuracy > outcome.result.before.accuracy + 0.15
+    assert outcome.result.after.values["accuracy"] > outcome.result.before.values["accuracy"] + 0.15
     assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
     assert verify_bundle(tmp_path / "out" / "evidence", None).verdict == "UNANCHORED"
     assert verify_bundle(tmp_path / "out" / "evidence", "0" * 64).verdict == "FAIL"
@@ -385,7 +385,7 @@ def test_released_adapter_loads_with_peft_and_gives_the_metric_again(overrides: 
         pooled = torch.nn.functional.normalize((out * mask).sum(1) / mask.sum(1), dim=-1) * 10.0
         predicted = (pooled @ head["weight"].T + head["bias"]).argmax(1)
     accuracy = np.mean([labels[p] == r["label"] for p, r in zip(predicted, rows, strict=True)])
-    assert accuracy == pytest.approx(outcome.result.after.accuracy, abs=1e-9)
+    assert accuracy == pytest.approx(outcome.result.after.values["accuracy"], abs=1e-9)
 
 
 @pytest.mark.case(3)

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from fl_server.round import Mean, RoundDriver
+from fl_server.attempt import Done, Summed
+from fl_server.round import RoundDriver
 from privacy import cli_edge
 from simulations import bench_round
 from simulations.cli import app
@@ -78,10 +79,10 @@ def test_masked_and_plain_rounds_alternate_and_their_means_are_right(
     played, attempt = list[tuple[bool, bool, tuple[str, ...]]](), RoundDriver.attempt
     stock_played = list[list[int]]()
 
-    def noted(driver: RoundDriver, *args: Any) -> Mean:
+    def noted(driver: RoundDriver, *args: Any) -> Done:
         mean = attempt(driver, *args)
         stock_played.append([*Stock.played])
-        played.append((driver.contract.secagg.enabled, bool(mean.transcript), mean.sites))
+        played.append((driver.contract.secagg.enabled, bool(mean.sums[0].transcript), mean.sites))
         return mean
 
     monkeypatch.setattr(RoundDriver, "attempt", noted)
@@ -123,15 +124,16 @@ def test_without_its_sites_it_says_which_are_missing_and_leaves_nothing_behind(
 @pytest.mark.parametrize("off", [0.0, 2e-7])
 def test_a_mean_that_is_off_by_two_steps_is_told(tmp_path: Path, off: float) -> None:
     contracts = bench_round._contracts(tmp_path, {f"site-{i}": f"{i:064x}" for i in range(3)}, 2)
-    spec = bench_round._spec(10)
+    spec, setup = bench_round._spec(10), SimpleNamespace(bound=lambda name: 1.0)
 
-    def attempt(round_no: int, _: int, adapter: Any) -> Mean:
+    def attempt(round_no: int, _: int, adapter: Any) -> Done:
         updates = [bench_round.Drawn(i, 10).train(adapter, round_no) for i in range(3)]
         mean = np.mean(updates, 0, np.float64)
         mean[-1] += off if round_no == 2 else 0.0
-        return Mean(0, mean.astype(np.float32), (), "", "", {})
+        return Done(0, {bench_round.UPDATE: mean.astype(np.float32)}, (), (Summed("", "", {}),))
 
-    drivers: Any = {mode: SimpleNamespace(contract=contract, attempt=attempt) for mode, contract in contracts.items()}
+    drivers: Any = {mode: SimpleNamespace(contract=contract, attempt=attempt, setup=setup)
+                    for mode, contract in contracts.items()}
     assert bench_round._measure(drivers, spec, 1, [])["exact"] is (off == 0)
 
 
