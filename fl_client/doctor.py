@@ -119,6 +119,9 @@ class Doctor:
                               check=False)
         if done.returncode:
             raise CheckFailed("doctor.device", "torch can't be imported here.", "Install consilo[site] again.")
+        if self._site.device == "cuda" and "CUDA" not in done.stdout:
+            raise CheckFailed("doctor.device", "site.device is cuda, and torch can't use a CUDA device here.",
+                              "Set site.device=cpu, or install a driver and a torch build with CUDA.")
         return f"torch {done.stdout.strip()}, {os.cpu_count()} processors"
 
     def _sandbox(self) -> str:

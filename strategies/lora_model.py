@@ -27,6 +27,7 @@ from strategies.base import CORE, RESIDUAL, Rule
 from strategies.cache import RowCache, flat, rebuilt
 from strategies.examples import Examples
 from strategies.forms import Residuals, add_cores, as_plain_lora, saved_name
+from strategies.quantised import check_quantisation, refuse_residual
 from strategies.variants import check_layers, check_variant
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ class LoraModel(ABC):
         self._shapes = rule.tensors(tuple((n, tuple(p.shape)) for n, p in self._named_parameters().items()))
         if any(name.endswith(CORE) for name, _ in self._shapes):
             add_cores(self.peft)
-        self._residuals = Residuals(self.peft, [n.removesuffix(RESIDUAL) for n, _ in self._shapes if n.endswith(RESIDUAL)])
+        residuals = [n.removesuffix(RESIDUAL) for n, _ in self._shapes if n.endswith(RESIDUAL)]
+        if residuals:
+            refuse_residual(base.config)
+        self._residuals = Residuals(self.peft, residuals)
         self.parameters = self._named_parameters()
         if any(lora.r > p.shape[1] for name, p in self.parameters.items() if ".lora_A." in name):
             raise UsageError("lora.rank", f"Rank {lora.r} is above the width of an adapted layer.", "Lower lora.r.")
@@ -206,13 +210,14 @@ class _Caught(Exception):
 
 
 def load_base(kind: str, folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, in float32. kind: AutoModel or AutoModelForCausalLM. No code of it is run, nothing
-    is fetched."""
+    """Model and tokenizer of a folder, in float32 but for a quantised base. kind: AutoModel or AutoModelForCausalLM. No
+    code of it is run, nothing is fetched. Raises as `check_quantisation`."""
     import torch
     import transformers
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    check_quantisation(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     base = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
                                                        use_safetensors=True, dtype=torch.float32,

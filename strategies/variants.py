@@ -66,7 +66,8 @@ def check_layers(model: Any) -> None:
         base = getattr(layer, "base_layer", None)
         if base is not None and getattr(layer, "lora_A", None) and type(base).__name__ not in PER_SAMPLE:
             raise _refuse(f"LoRA on the {type(base).__name__} {name!r}", "nothing proves its per-sample gradients", PLAIN)
-        if type(layer).__name__ == "Linear8bitLt" and getattr(layer.state, "threshold", 0.0) != 0.0:
+        state = getattr(layer, "state", None)  # PEFT's wrapper has the name of what it wraps, and none
+        if type(layer).__name__ == "Linear8bitLt" and getattr(state, "threshold", 0.0) != 0.0:
             raise _refuse("LLM.int8 with a threshold", "its outlier columns couple the records of a batch",
                           "Load the base with llm_int8_threshold=0, or in 4 bits.")
 
