@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-long check bench mutate data proto clean
+.PHONY: demo test test-long check bench mutate data proto lock sbom audit-deps clean
 
 demo: $(STAMP)
 	@$(BIN)/fl-simulate demo
@@ -40,6 +40,23 @@ mutate: $(STAMP)
 data: $(STAMP)
 	@$(BIN)/fl-simulate fetch minilm
 	@$(BIN)/fl-simulate fetch hpo
+
+# The release targets need the extra `release` (docs/releasing.md). torch has a lock of its own.
+lock: $(STAMP)
+	@CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-emit-index-url \
+	  --no-emit-find-links --no-emit-trusted-host --no-emit-options --extra all --constraint constraints.txt \
+	  --unsafe-package torch --unsafe-package consilo --output-file requirements.lock pyproject.toml
+	@sed -i '/^# WARNING: The following packages were not pinned/,$$d' requirements.lock
+
+sbom: $(STAMP)
+	@mkdir -p dist
+	@cat requirements.lock torch-cpu.lock | $(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --mc-type library \
+	  --output-reproducible --of JSON -o dist/sbom.cdx.json -
+
+audit-deps: $(STAMP)
+	@$(BIN)/pip-audit --strict --require-hashes --no-deps --disable-pip --progress-spinner off -r requirements.lock || \
+	  { echo "audit-deps: a locked package has a known fault, or no advisory database could be reached (see above)." >&2; \
+	    exit 1; }
 
 # torch comes first and pinned, so that no other package chooses its build.
 $(STAMP): pyproject.toml constraints.txt

@@ -6,6 +6,7 @@ No other module sees hydra or OmegaConf. Nothing in a configuration is ever exec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             value = OmegaConf.to_container(compose("config", [_open(o) for o in overrides]), resolve=False)
-    except (HydraException, ValueError) as e:  # ValueError: a group chosen by a number
+    except (HydraException, ValueError, OSError) as e:  # a group chosen by a number, or by a name that no file can have
         raise _override(e, overrides) from e
     _refuse_code(value)
     return validate(Settings, value)
@@ -66,7 +67,7 @@ def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
     for override in overrides:
         key, _, chosen = override.lstrip("+~").partition("=")
         group = Path(__file__).parent / key
-        if key and group.is_dir() and not (group / f"{chosen}.yaml").is_file():
+        if key and os.path.isdir(group) and not os.path.isfile(group / f"{chosen}.yaml"):  # noqa: PTH112, PTH113 - any name
             return UsageError("config.override", f"There is no {key}={chosen}.",
                               nearest(chosen, [f.stem for f in group.glob("*.yaml")]))
         known = _known_keys()

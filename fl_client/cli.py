@@ -51,10 +51,10 @@ def enroll_command(token_file: Annotated[Path, typer.Option(
                    wait: Wait = 600.0, proxy: Proxy = None, as_json: Json = False) -> None:
     """Make this site's keys, ask the CA for certificates through the coordinator, and install them."""
     from fl_client.enrol import enroll
-    from privacy.enrol import Token
+    from privacy.enrol import MAX_TOKEN_BYTES, Token
     from privacy.trust_files import parse_fingerprint
 
-    token = Token.parse(sys.stdin.buffer.readline(1000)) if str(token_file) == "-" else Token.read(token_file)
+    token = Token.parse(sys.stdin.buffer.readline(MAX_TOKEN_BYTES)) if str(token_file) == "-" else Token.read(token_file)
     enroll(url, token, parse_fingerprint(ca), folder, name, organisation, wait_s=wait, proxy=proxy)
     cli_edge.emit({"folder": str(folder), "name": name}, as_json, f"Certificates of {name} are in {folder}.")
 

@@ -19,6 +19,7 @@ Suite = Literal["consilo-secagg-2:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha2
 SUITE: Suite = "consilo-secagg-2:mlkem768x25519-hpke:ed25519:chacha20:hkdf-sha256"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+MAX_SITES = 100
 T = TypeVar("T", bound=BaseModel)
 
 
@@ -95,7 +96,7 @@ class RuleTerms(Terms):
     local_lr: float = Field(1.0, gt=0)
     mu: float = Field(0.0, ge=0, description="FedProx: pull towards the round's adapter, added after the noise")
     max_norm: float | None = Field(None, gt=0, description="L2 limit of a site's update; null: what clip and noise imply")
-    ranks: tuple[SiteRank, ...] = Field((), max_length=100, description="of sites with a rank below lora.r")
+    ranks: tuple[SiteRank, ...] = Field((), max_length=MAX_SITES, description="of sites with a rank below lora.r")
     byzantine: int = Field(1, ge=0, description="sites that krum, trimmed_mean and median survive")
 
 
@@ -182,7 +183,7 @@ class Contract(Terms):
     rule: RuleTerms
     privacy: PrivacyTerms
     secagg: SecAggTerms
-    sites: tuple[SiteTerms, ...] = Field(min_length=1, max_length=100)
+    sites: tuple[SiteTerms, ...] = Field(min_length=1, max_length=MAX_SITES)
 
     @model_validator(mode="after")
     def _consistent(self) -> Contract:

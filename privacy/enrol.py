@@ -33,6 +33,7 @@ from privacy.statements import parse_payload, seal, unseal
 from privacy.trust_files import trust_files
 
 TOKEN_BYTES = 32
+MAX_TOKEN_BYTES = 1000  # of what is read to find a token in it
 MAX_BYTES = 2**16  # of an answer: two certificates, five of CAs, four revocation lists
 RENEWAL_TYPE = "application/vnd.consilo.renewal+json"
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]

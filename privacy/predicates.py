@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from privacy.contract import Name, Sha256
+from privacy.contract import MAX_SITES, Name, Sha256
 from privacy.ledger_records import Number, RefusalCode
 
 
@@ -90,7 +90,7 @@ class SecureSum(Strict):
 
     view: Sha256 | Literal[""]
     transcript: Sha256 | Literal[""] = Field(description="T3")
-    votes: list[Vote] = Field(max_length=100)
+    votes: list[Vote] = Field(max_length=MAX_SITES)
 
 
 class Dropout(Strict):
@@ -107,7 +107,7 @@ class Round(Predicate):
     attempt: Count
     outcome: Literal["done", "void"]
     reason: Code
-    sites: list[Name] = Field(max_length=100, description="in the sum, in the contract's order")
+    sites: list[Name] = Field(max_length=MAX_SITES, description="in the sum, in the contract's order")
     adapter_in: Sha256
     adapter_out: Sha256 | Literal[""]
     sums: list[SecureSum] = Field(max_length=2, description="in order, all over `sites`; none of a void attempt")

@@ -22,7 +22,7 @@ from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.guard import PACKAGES
 from privacy.identity import Peer, Role, Signer, TrustStore, load_certificate
 from privacy.predicates import KINDS, ContractSignature, Moment, Person
-from privacy.statements import make, open_envelope
+from privacy.statements import MAX_ENVELOPE, MAX_PEM, make, open_envelope
 
 CONTRACT_TYPE = KINDS["contract"].predicate_type
 APPROVAL_TYPE = "urn:consilo:approval:1"
@@ -32,8 +32,8 @@ class _Signed(Terms):
     """Signature file: the signer's certificate (PEM) and the envelope."""
 
     schema_version: Literal["consilo.signature/1"] = "consilo.signature/1"
-    certificate: str = Field(max_length=16_384)
-    envelope: str = Field(max_length=65_536)
+    certificate: str = Field(max_length=MAX_PEM)
+    envelope: str = Field(max_length=MAX_ENVELOPE)
 
 
 class Approval(Terms):

@@ -22,6 +22,8 @@ from privacy.identity import Signer, verify_signature
 
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+MAX_ENVELOPE = 2**16  # bytes of an envelope inside another document
+MAX_PEM = 2**14  # bytes of a certificate beside it
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 

@@ -41,7 +41,7 @@ def load() -> Sentences:
         partial = file.with_suffix(".partial.npz")
         np.savez(partial, vectors=encode(texts, fetch("minilm")), labels=labels)
         partial.replace(file)
-    with np.load(file, allow_pickle=False) as kept:
+    with np.load(file, allow_pickle=False) as kept:  # noqa: TID251
         return Sentences(kept["vectors"], kept["labels"])
 
 

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from privacy.errors import UsageError
 
 MAX_LINE = 4 * 2**20  # bytes; a longer line is a record that can't be read
+MAX_NAMES = 1000  # of columns, remembered for a hint where one is missing
 PARQUET_ROWS = 1024  # rows of a Parquet file that are in memory at a time
 Row = dict[str, object]  # field -> value as the file has it; None where the record lacks it
 
@@ -94,7 +95,7 @@ class JsonLines:
             return None
         if self._missing:
             self._missing -= row.keys()
-            self._seen.update(list(row)[:100] if len(self._seen) < 1000 else ())
+            self._seen.update(list(row)[:100] if len(self._seen) < MAX_NAMES else ())
         if self._person is not None and sum(key == self._person for key, _ in last) != 1:
             raise no_person()
         return ({field: row.get(column) for field, column in self._fields.items()},

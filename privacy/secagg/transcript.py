@@ -14,11 +14,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from privacy.canonical import canonical, labelled_hash
-from privacy.contract import SUITE, Contract, Name, Sha256, Suite, Terms
+from privacy.contract import MAX_SITES, SUITE, Contract, Name, Sha256, Suite, Terms
 from privacy.errors import Refused
 from privacy.secagg.encoding import Encoding
 
-MAX_COHORT = 100
+MAX_COHORT = MAX_SITES
 MAX_SEGMENTS = 10_000
 Slot = tuple[int, int, int]  # round, attempt, pass
 
