@@ -25,6 +25,7 @@ from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
 from privacy.identity import FileSigner, Peer, Role, Signer, TrustStore
 from privacy.ledger import Ledger
+from privacy.ledger_file import begun
 from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature
@@ -54,7 +55,7 @@ def consider(contract: Contract, site: str, policy: SitePolicy, signer: Signer, 
         compare(contract, site, policy, signer)
     except ConsiloError as e:
         path = folder / LEDGER
-        if e.code in REFUSALS and path.exists() and path.stat().st_size:
+        if e.code in REFUSALS and begun(path):
             with suppress(Refused), Ledger.open(path, signer) as ledger:  # another job may hold it
                 ledger.refuse(e.code, contract.run, contract.digest, "job")
         raise
@@ -80,7 +81,7 @@ def open_lineage(contract: Contract, site: str, policy: SitePolicy, signer: Sign
     if not mechanism.private:
         return None
     path = folder / LEDGER
-    if path.exists() and path.stat().st_size:
+    if begun(path):
         ledger = Ledger.open(path, signer)
     else:
         ledger = Ledger.create(path, signer, lineage=secrets.token_hex(16), unit=mechanism.unit,

@@ -13,6 +13,7 @@ from privacy.errors import ConsiloError, Refused
 from privacy.files import FileLayer, read_file
 from privacy.identity import Signer
 from privacy.ledger_chain import LedgerSummary, check_extract, split_lines
+from privacy.ledger_file import begun
 from privacy.signing import Approval, approval, check_approval
 
 FOLDER = "approvals"
@@ -64,7 +65,7 @@ def _privacy(contract: Contract, site: str, policy: SitePolicy, ledger: LedgerSu
 
 def summary(path: Path, signer: Signer) -> LedgerSummary | None:
     """The site's ledger, checked; None where no job has begun one. An agent may hold it."""
-    data = read_file(path) if path.is_file() else b""
+    data = read_file(path) if begun(path) else b""
     return check_extract(data[:split_lines(data)[1]], signer.certificate) if data else None
 
 

@@ -22,6 +22,7 @@ class RunJournal:
         self._files = files or FileLayer()
         self._fd = self._files.open_append(path)
         self._open = True
+        self._files.sync_folder(path.parent)
         data = path.read_bytes()
         if (whole := data.rfind(b"\n") + 1) < len(data):  # torn by a crash before fsync returned
             self._files.truncate(self._fd, whole)

@@ -44,8 +44,7 @@ class TransparencyLog:
         with self._leased() as fd:
             new = [entry for entry in dict.fromkeys(entries) if entry not in self._index]
             data = b"".join(entry.line().encode() + b"\n" for entry in new)
-            if data:
-                self._files.append(fd, data)
+            self._files.append(fd, data)  # what was found may not be durable yet: its writer may have been killed
             self._take(new)
             self._read += len(data)
             size = len(self.tree)

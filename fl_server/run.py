@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from cryptography.x509 import Certificate
 
 from fl_server.attempt import Deadlines, Done, statement, void
 from fl_server.evaluation import PublicSplit, Score
-from fl_server.exchange import Exchange, Note
+from fl_server.exchange import MALFORMED, UNREACHABLE, Exchange, Note
 from fl_server.journal import RunJournal, read_events
 from fl_server.log import TransparencyLog
 from fl_server.model_card import write_card
@@ -42,6 +42,7 @@ from strategies.optimizers import stepped
 from strategies.rules import rule
 
 INTERRUPTED = "run.interrupted"  # reason of an attempt that was under way when the coordinator was killed
+TRIES = 3  # to get a site's acceptance, or its closing statement
 KEPT_ROUNDS = 3  # adapters of older rounds are deleted; their digests stay in the journal
 Progress = Callable[[dict[str, Any]], None]
 
@@ -91,8 +92,9 @@ class Run:
 
     def run(self) -> Result:
         """All rounds, or those that are left after a crash. Raises RoundVoid when the retries are used up; evidence is
-        written and sealed all the same, or, where that fails, by `fl-server resume`. Also raises as `recover`."""
-        at, outcome, last = self._begin(), "done", self.contract.privacy.rounds
+        written and sealed all the same. Where the disk fails (OSError) nothing is sealed, and `fl-server resume` goes on.
+        Also raises as `recover`."""
+        at, last = self._begin(), self.contract.privacy.rounds
         before = after = self._score(0, initial(self._spec, self.contract.lora.seed), at)
         try:
             self._accept(at)
@@ -101,28 +103,37 @@ class Run:
             if at.done:
                 after = at.scores[max(at.scores)]
             for round_no in range(at.done + 1, last + 1):
-                done, old = self._attempts(round_no, at), at.adapter
-                change, at.state = stepped(self.contract.rule, done.change, at.state)
-                at.adapter = self._spec.check(self._rule.apply(Round(self._driver.setup, round_no, old), change))
-                self._save(round_no, old, at, done)
-                at.done, at.attempt = round_no, 0
+                done = self._attempts(round_no, at)
+                change, state = stepped(self.contract.rule, done.change, at.state)
+                new = self._spec.check(self._rule.apply(Round(self._driver.setup, round_no, at.adapter), change))
+                self._save(round_no, at, done, new, state)
+                at.adapter, at.state, at.done, at.attempt = new, state, round_no, 0
                 measured = round_no == last or round_no % self._evaluate_every == 0
                 after = self._score(round_no, at.adapter, at) if measured else after
                 self._publish()
                 self._progress({"event": "round", "round": round_no, "rounds": last, "metrics": after.values,
                                 "measured": measured})
-        except BaseException as e:
-            outcome = _code(e)
+        except OSError:
+            self._journal.close()
             raise
-        finally:
+        except BaseException as e:
+            self._finish(at, before, after, _code(e))
+            raise
+        epsilon = self._finish(at, before, after, "done")
+        return Result(before, after, at.done, at.voids, epsilon, dict(self._seconds))
+
+    def _finish(self, at: Position, before: Score, after: Score, outcome: str) -> dict[str, str]:
+        """Release, closing, seal; returns epsilon by site, as the sites claim it."""
+        try:
             if at.done:
                 self._release(at.adapter, at.done, before, after)
-            epsilon = self._close()
-            self._publish()
+            epsilon, silent = self._close()
+            self._publish(without=silent)
             self._bundle.seal(self._signer)
             self._journal.write("end", outcome=outcome)
+        finally:
             self._journal.close()
-        return Result(before, after, at.done, at.voids, epsilon, dict(self._seconds))
+        return epsilon
 
     def _begin(self) -> Position:
         """Where the run stands, with the journal brought up to it."""
@@ -148,22 +159,18 @@ class Run:
             self._witnessing.accepted(name, lineage)
         if at.lineages:
             return
-        answers = self._query("accept")
-        bad = {name: a.code or "site.unreachable" for name, a in answers.items() if a.note is None}
+        bad = self._query("accept", self._take_acceptance)
         if bad:
             raise void(bad[min(bad)], bad)
-        for name in self._names:
-            try:
-                envelope = validate(stages.Acceptance, parse(answers[name].note.body)).statement.encode()
-                said = statement(Acceptance, envelope, self._certificates[name])
-                if (said.site, said.run, said.contract, said.code) != (
-                        name, self.contract.run, self.contract.digest, self.contract.code):
-                    raise CheckFailed("round.statement", "An acceptance is about another contract, or other code.",
-                                      "Ask that site.")
-            except ConsiloError as e:
-                raise void(e.code, {name: e.code}) from e
-            self._witnessing.accepted(name, said.lineage)
-            self._keep("acceptance", name, envelope)
+
+    def _take_acceptance(self, name: str, body: bytes) -> None:
+        envelope = validate(stages.Acceptance, parse(body)).statement.encode()
+        said = statement(Acceptance, envelope, self._certificates[name])
+        if (said.site, said.run, said.contract, said.code) != (
+                name, self.contract.run, self.contract.digest, self.contract.code):
+            raise CheckFailed("round.statement", "An acceptance is about another contract, or other code.", "Ask that site.")
+        self._witnessing.accepted(name, said.lineage)
+        self._keep("acceptance", name, envelope)
 
     def _attempts(self, round_no: int, at: Position) -> Done:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
@@ -192,12 +199,12 @@ class Run:
     def _lost(self) -> list[str]:
         return [f"{x.site} {x.stage} {x.code}" for x in self._driver.lost]
 
-    def _save(self, round_no: int, old: Tensors, at: Position, done: Done) -> None:
+    def _save(self, round_no: int, at: Position, done: Done, adapter: Tensors, state: Tensors) -> None:
         """What the next round starts from is on disk first, then the statement: from there on the round counts."""
-        folder, new = self._folder / "rounds" / f"{round_no:04d}", adapter_digest(at.adapter)
-        self._timed("saving", lambda: self._model.save(folder, at.adapter, self._base_name))
-        save_state(folder, at.adapter, at.state)
-        self._state_round(round_no, done.attempt, adapter_digest(old), new, done)
+        folder, new = self._folder / "rounds" / f"{round_no:04d}", adapter_digest(adapter)
+        self._timed("saving", lambda: self._model.save(folder, adapter, self._base_name))
+        save_state(folder, adapter, state)
+        self._state_round(round_no, done.attempt, adapter_digest(at.adapter), new, done)
         self._journal.write("done", round=round_no, attempt=done.attempt, adapter=new, folder=folder.name,
                             sites=list(done.sites), lost=self._lost())
         shutil.rmtree(self._folder / "rounds" / f"{round_no - KEPT_ROUNDS:04d}", ignore_errors=True)
@@ -226,22 +233,22 @@ class Run:
             "metric_before": decimal(before.values[name]), "metric_after": decimal(after.values[name]),
             "split": self._split.name, "units": after.units})
 
-    def _close(self) -> dict[str, str]:
-        """Closing statements and ledgers of the sites that still answer; epsilon by site, as they claim it."""
-        epsilon = {}
-        for name, answer in self._query("closing").items():
-            if answer.note is None:
-                self._progress({"event": "silent", "site": name, "reason": answer.code or ""})
-                continue
-            try:
-                closed = validate(stages.Closed, parse(answer.note.body))
-                for envelope in closed.refusals:
-                    self._take_refusal(name, envelope.encode())
-                if self.contract.privacy.trust != "none":
-                    epsilon[name] = self._take_closing(name, closed)
-            except ConsiloError as e:
-                self._progress({"event": "silent", "site": name, "reason": e.code})
-        return epsilon
+    def _close(self) -> tuple[dict[str, str], list[str]]:
+        """Closing statements and ledgers of the sites that still answer; epsilon by site, as they claim it, and the sites
+        that don't answer."""
+        epsilon: dict[str, str] = {}
+
+        def take(name: str, body: bytes) -> None:
+            closed = validate(stages.Closed, parse(body))
+            for envelope in closed.refusals:
+                self._take_refusal(name, envelope.encode())
+            if self.contract.privacy.trust != "none":
+                epsilon[name] = self._take_closing(name, closed)
+
+        silent = self._query("closing", take)
+        for name, reason in silent.items():
+            self._progress({"event": "silent", "site": name, "reason": reason})
+        return epsilon, list(silent)
 
     def _take_refusal(self, name: str, envelope: bytes) -> None:
         said = statement(Refusal, envelope, self._certificates[name])
@@ -256,13 +263,28 @@ class Run:
         if (said.site, said.run, said.contract, said.ledger_seq, said.ledger_head) != (
                 name, self.contract.run, self.contract.digest, head.seq, head.hash):
             raise CheckFailed("round.statement", "A closing statement and its ledger don't fit.", "Ask that site.")
+        self._bundle.add_ledger(name, ledger)  # first: a statement can't be taken back
         self._keep("closing", name, closed.statement.encode())
-        self._bundle.add_ledger(name, ledger)
         return said.epsilon
 
-    def _query(self, stage: str) -> dict[str, Any]:
-        note = Note(stages.dump(stages.Ask(contract=self.contract.digest)))
-        return self._exchange.ask(stage, dict.fromkeys(self._names, note), deadline_s=self._deadlines.stage_s)
+    def _query(self, stage: str, take: Callable[[str, bytes], None]) -> dict[str, str]:
+        """Ask every site, and again those whose answer was lost or wasn't good. Returns the codes of the rest."""
+        note, bad = Note(stages.dump(stages.Ask(contract=self.contract.digest))), dict.fromkeys(self._names, UNREACHABLE)
+        for attempt in range(TRIES):
+            todo = [name for name in bad if not attempt or name in self._exchange.online()]
+            answers = self._exchange.ask(stage, dict.fromkeys(todo, note), deadline_s=self._deadlines.stage_s)
+            for name, answer in answers.items():
+                try:
+                    if answer.note is not None:
+                        take(name, answer.note.body)
+                        del bad[name]
+                    else:
+                        bad[name] = answer.code or MALFORMED
+                except ConsiloError as e:
+                    bad[name] = e.code
+            if not bad:
+                break
+        return bad
 
     def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
         common = {"run": self.contract.run, "contract": self.contract.digest}
@@ -284,10 +306,10 @@ class Run:
         self._bundle.add_statement(kind, who, envelope)
         self._stated.append((kind, who, envelope))
 
-    def _publish(self) -> None:
-        """Log what was stated, and have the sites sign the log's head."""
-        stated, self._stated = self._stated, []
-        self._timed("witnessing", lambda: self._witnessing.publish(stated))
+    def _publish(self, *, without: Collection[str] = ()) -> None:
+        """Log what was stated, and have the sites sign the log's head, but those that showed no ledger at the end."""
+        self._timed("witnessing", lambda: self._witnessing.publish(self._stated, without=without))
+        self._stated = []
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         start = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import Certificate
@@ -19,6 +19,7 @@ from privacy.identity import Signer, fingerprint
 from privacy.transparency import Entry, Head, least_witnesses, open_witness
 
 Stated = tuple[str, str, bytes]  # kind, who, envelope
+TRIES = 3  # to get a site's signature
 NAME_LEDGER = ("round-site", "closing")
 
 
@@ -30,7 +31,7 @@ class Witnessing:
         self._log, self._bundle, self._exchange, self._contract = log, bundle, exchange, contract
         self._pem = signer.certificate.public_bytes(Encoding.PEM).decode()
         self._certificates = {name: {fingerprint(c): c} for name, c in certificates.items()}
-        self._deadline_s = deadline_s
+        self._deadline_s, self._least = deadline_s, least_witnesses(len(contract.sites))
         first = next((i for i, entry in enumerate(log.entries) if entry.run == contract.run), len(log.entries))
         self._before = log.frontier(first)  # a run that was begun before accounts for all that it stated
         self._sizes = dict.fromkeys(certificates, 0)  # of the heads that the sites have seen
@@ -43,8 +44,8 @@ class Witnessing:
         self._lineages[site] = lineage
         self._unseen[site] = self._known.get(f"{site} {lineage}", "")
 
-    def publish(self, stated: Sequence[Stated]) -> list[str]:
-        """Log envelopes and gather the sites' signatures on the new head. Returns the sites that cosigned."""
+    def publish(self, stated: Sequence[Stated], *, without: Collection[str] = ()) -> list[str]:
+        """Log envelopes and gather signatures on the new head, of all sites but `without`. Returns those that cosigned."""
         if not stated:
             return []  # the last head has its signatures; who has vanished since can't take them back
         entries = [Entry(self._contract.run, hashlib.sha256(envelope).hexdigest()) for _, _, envelope in stated]
@@ -60,9 +61,14 @@ class Witnessing:
         if ledgers:
             self._log.keep_ledger_heads(ledgers)
         cosigned: dict[str, bytes] = {}
-        todo = sorted(self._exchange.online() & self._sizes.keys())
-        for _ in range(2):  # again for a site that has seen another head than this run knows of
-            todo = self._ask(head, checkpoint, todo, included, cosigned)
+        todo = sorted((self._exchange.online() & self._sizes.keys()) - set(without))
+        for attempt in range(TRIES):  # again one that has seen another head than is known; with too few, whoever is silent
+            again = self._ask(head, checkpoint, todo, included, cosigned)
+            if (short := len(cosigned) < self._least):
+                again = sorted(self._exchange.online().intersection(todo) - cosigned.keys())
+            if not again or (attempt and not short):
+                break
+            todo = again
         self._bundle.add_checkpoint(head.size, checkpoint, cosigned)
         self._bundle.set_log(self._before, self._log.entries[self._before.size:head.size])
         return sorted(cosigned)
@@ -97,5 +103,5 @@ class Witnessing:
             return site in cosigned
 
         self._exchange.ask("witness", notes, deadline_s=self._deadline_s, on_answer=take,
-                           quorum=least_witnesses(len(self._contract.sites)) - len(cosigned))
+                           quorum=self._least - len(cosigned))
         return again

@@ -68,16 +68,21 @@ class FileLayer:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Create a key file: O_EXCL, mode 0600. Raises Refused `key.exists` rather than overwrite."""
+    """Create a key file, mode 0600, whole or not at all. Raises Refused `key.exists` rather than overwrite."""
+    layer, tmp = FileLayer(), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.unlink(missing_ok=True)
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            layer.append(fd, data)
+        finally:
+            os.close(fd)
+        os.link(tmp, path)
     except FileExistsError as e:
         raise Refused("key.exists", f"{path.name} exists already.", "Move the old key away first.") from e
-    try:
-        os.write(fd, data)
-        os.fsync(fd)
     finally:
-        os.close(fd)
+        tmp.unlink(missing_ok=True)
+    layer.sync_folder(path.parent)
 
 
 def read_private(path: Path) -> bytes:

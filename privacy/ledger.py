@@ -112,6 +112,7 @@ class Ledger:
             _ = chain.opened
             if end < len(data):
                 file.truncate(end)
+            file.sync()
         except BaseException:
             file.close()
             raise

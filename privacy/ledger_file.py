@@ -28,6 +28,10 @@ class LedgerFile:
         with _writing():
             self._files.append(self._fd, line)
 
+    def sync(self) -> None:
+        """Make what was found durable: its writer may have been killed before it was."""
+        self.append(b"")
+
     def truncate(self, size: int) -> None:
         with _writing():
             self._files.truncate(self._fd, size)
@@ -42,6 +46,11 @@ class LedgerFile:
         if self._fd >= 0:
             self._files.close(self._fd)
         self._fd = -1
+
+
+def begun(path: Path) -> bool:
+    """Whether the file holds a record. One whose creation was interrupted doesn't, and nothing was granted from it."""
+    return path.is_file() and b"\n" in path.read_bytes()
 
 
 @contextmanager
