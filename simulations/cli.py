@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from privacy import cli_edge
-from simulations import attack_cli, audit_cli, bench
+from simulations import attack_cli, audit_cli, bench, chaos_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federations on this machine.")
 app.add_typer(bench.app, name="bench")
 app.command("audit")(audit_cli.audit_command)
 app.command("demo-attack")(attack_cli.demo_attack_command)
+app.command("chaos")(chaos_cli.chaos_command)
 Json = Annotated[bool, typer.Option("--json", help="The last line of stdout is one JSON object.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="hydra overrides, e.g. privacy.epsilon=3 seed=1")]
 
