@@ -21,7 +21,7 @@ from simulations.chaos_world import VARIANTS, Played, World, playing
 
 MOST_SITES = 5
 COHORTS = (3, 4, 4, 4, 5, 5)
-MAX_HISTORIES = 20  # more than rounds, if nothing is ever done
+HISTORIES = 20  # more than rounds, if nothing is ever done
 SHRINK = 60  # replays
 
 
@@ -105,7 +105,7 @@ def chaos(seed: int, rounds: int, overrides: Sequence[str] = (), *, first: int =
     """
     out = Chaos(seed)
     with Player(seed, overrides) as player:
-        for history in range(first, first + MAX_HISTORIES + rounds):
+        for history in range(first, first + HISTORIES + rounds):
             played = player.play(history, only)
             out.histories += 1
             out.rounds, out.void = out.rounds + played.rounds, out.void + played.void

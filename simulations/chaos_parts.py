@@ -96,7 +96,7 @@ def cheap_coordinator(saved: Callable[[Tensors], None]) -> Iterator[None]:
     """Coordinators are made with the cheap model and split."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch("fl_server.assemble.build", lambda path, contract: CheapModel(contract, saved)))
-        stack.enter_context(mock.patch("fl_server.assemble.PublicSplit", lambda model, contract, split: CheapSplit(contract)))
+        stack.enter_context(mock.patch("fl_server.assemble.PublicSplit", lambda _m, contract, _s: CheapSplit(contract)))
         stack.enter_context(mock.patch("fl_server.run.write_card", lambda *args: None))
         yield
 

@@ -27,9 +27,9 @@ from simulations.chaos_parts import COORDINATOR, Consortium, Job, changed, cheap
 from simulations.chaos_plan import AROUND, COORDINATOR_DISK, Fault, Plan
 from simulations.chaos_watch import Violation, Watch, quiet
 
-MAX_LIVES = 25  # of a run's coordinator
+LIVES = 25  # of a run's coordinator
 SET_AGAIN_S = (5.0, 30.0, 300.0)  # until somebody sets the clock
-MAX_STARTS = 40  # of a site's agent in a run
+STARTS = 40  # of a site's agent in a run
 DISK_CODES = ("ledger.write_failed", "ledger.unusable", "journal.write_failed", "journal.unusable")
 REFUSED_CODES = ("budget.exhausted", "budget.not_encumbered")
 CLOCK_CODES = ("contract.expired", "identity.expired")
@@ -140,7 +140,7 @@ class Playing:
             self._back(agent, 0.01)
         world.timeline.wait(1.0)
         end = "lives"
-        for life in range(1, MAX_LIVES + 1):
+        for life in range(1, LIVES + 1):
             end = self._live(life)
             world.note(f"{self.job.name}: {end}")
             self.book.look()
@@ -205,7 +205,7 @@ class Playing:
     def _approve(self, site: str) -> None:
         """Until the disk has it."""
         machine = self.world.machines[site]
-        for _ in range(MAX_STARTS):
+        for _ in range(STARTS):
             process = self.world.system.start(machine, f"{self.job.name}.{site}.approval")
             with suppress(Crash, OSError), self.world.system.running(process):
                 machine.ahead = 0.0  # or the contract, or a certificate, isn't valid
@@ -226,7 +226,7 @@ class Playing:
             agent.process.end()
         agent.app = None
         self._starts[site] += 1
-        if self._starts[site] > MAX_STARTS:
+        if self._starts[site] > STARTS:
             return
         agent.process = process = world.system.start(world.machines[site], f"{self.job.name}.{site}")
         place = f"{self.job.name}.{site}.start{self._starts[site]}"
