@@ -223,6 +223,21 @@ def test_restart_between_reserve_and_send_stays_spent(site: Site) -> None:
     assert site.trainer.rounds == 0
 
 
+def test_a_step_that_runs_out_of_memory_stays_spent(site: Site) -> None:
+    """The coordinator hears a code; the mend stays at the site; the next attempt is another charge."""
+    def over(adapter: Any, round_no: int) -> Any:
+        raise Refused("dp.memory", "A step doesn't fit.", "Set site.physical_batch=16.")
+
+    site.trainer.train = over  # type: ignore[method-assign]
+    with pytest.raises(StageRefused) as caught:
+        site.update(site.offer())
+    assert caught.value.code is SiteCode.FAILED and "physical_batch" not in str(caught.value)
+    site.trainer = StubTrainer()
+    site.restart()
+    site.update(site.offer(1, 1))
+    assert [(r.round, r.attempt) for r in site.ledger.summary().reserves] == [(1, 0), (1, 1)]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("trust_none", [False, True])
 def test_attack_more_attempts_than_the_contract_has(tmp_path: Path, trust_none: bool) -> None:
     site = Site(tmp_path, trust_none=trust_none, rounds=2, retries=1)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,12 +17,17 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from conf import load_settings
+from fl_client import supervisor
+from fl_client.sandbox import ENFORCED, WALLS, Sandbox
+from fl_client.supervisor import TrainerProcess
 from fl_client.training import LocalTrainer
 from privacy.errors import ConsiloError, Refused
 from privacy.report import write_report
 from privacy.verify import verify_bundle
 from simulations.demo import embedded
 from simulations.local import Outcome, federate
+from simulations.smollm2 import convert
+from strategies.adapter import initial
 from strategies.model import build
 
 SITES = ("site-a", "site-b", "site-c", "site-d")
@@ -97,6 +106,34 @@ def test_a_changed_chat_template_is_refused(overrides: Any, tmp_path: Path, tiny
     assert caught.value.code == "model.digest"
 
 
+def test_training_inside_all_walls(overrides: Any, tiny_llm: Path, tiny_instructions: dict[str, Path]) -> None:
+    """The template's interpreter, too, needs nothing that the sandbox takes away."""
+    if set(supervisor.walls().values()) != {ENFORCED}:
+        pytest.skip("not all walls hold here")
+    contract = run(overrides("privacy.rounds=1", "privacy.q=1.0")).contract
+    request = {"contract": contract.to_bytes().decode(), "site": "site-a", "model": str(tiny_llm), "text": "prompt",
+               "data": str(tiny_instructions["site-a"]), "label": "completion", "threads": 1, "person": "", "lineage": "",
+               "compute": {}}
+    trainer = TrainerProcess(request, limit_s=200.0, sandbox=Sandbox(required=WALLS))
+    try:
+        change = trainer.train(initial(trainer.spec, 0), 1)
+    finally:
+        trainer.close()
+    assert change.shape == (trainer.spec.dim,) and np.isfinite(change).all() and change.any()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_four_sites_in_real_processes(overrides: Any, tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    done = subprocess.run([sys.executable, "-P", "-m", "simulations.cli", "demo", *overrides(), "--out", str(out)],
+                          capture_output=True, text=True, timeout=800, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert verify_bundle(out / "evidence", (out / "ca.sha256").read_text().strip()).verdict == "PASS"
+    assert "answer_nll" in (out / "metrics.json").read_text()
+    assert not (out / "adapter" / "head.safetensors").exists()
+
+
 @pytest.mark.parametrize(("override", "code"), [
     ("model.packing=true", "model.packing"), ("model.chat=null", "config.invalid"),
     ("data.labels=[a,b]", "contract.labels")])
@@ -121,3 +158,20 @@ def test_smollm2_learns_privately(tmp_path: Path) -> None:
     assert after["answer_nll"] < before["answer_nll"] - 0.3
     assert all(float(e) <= 8.0 for e in outcome.result.epsilon.values())
     assert verify_bundle(tmp_path / "out" / "evidence", outcome.root).verdict == "PASS"
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_package_makes_the_same_folder_each_time(tmp_path: Path) -> None:
+    """So the digests of the weights and the tokenizer agree at all sites that convert it themselves."""
+    import shutil
+
+    package = Path(".cache/consilo/smollm2")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        shutil.copy(next(package.glob("*.gguf")), tmp_path / name)
+        convert(tmp_path / name)
+    files = sorted(f.name for f in (tmp_path / "one").iterdir())
+    assert len(files) > 4
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
