@@ -119,7 +119,7 @@ class ControlClient:
             released = self._release(run, bundle_folder)
             self._fetch(lambda channel: rpc.AdaptersStub(channel).Fetch, run, work, ADAPTER_FILES.__contains__,
                         MAX_ADAPTER_FILES, MAX_ADAPTER_BYTES)
-            if adapter_tensors_digest(work) != released:
+            if not released or adapter_tensors_digest(work) != released:
                 raise CheckFailed("control.adapter", "The adapter is not the one that the evidence says was released.",
                                   "Tell the coordinator's operator; don't use it.")
 

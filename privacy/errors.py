@@ -69,8 +69,6 @@ class Aborted(ConsiloError):
 class SiteCode(StrEnum):
     """The only reasons that a site ever sends. At most 12; none depends on a record."""
 
-    ABSTAINED = "site.abstained"
-    BUSY = "site.busy"
     FAILED = "site.failed"
     BAD_MESSAGE = "site.bad_message"
     STALE_ROUND = "site.stale_round"

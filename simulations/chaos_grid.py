@@ -24,7 +24,6 @@ from simulations.inprocess import InProcessGrid
 LATENCY_S = (0.01, 0.05)
 LATE_S = (1.0, 4.0, 15.0, 60.0, 4000.0)
 BACK_S = (0.5, 2.0, 8.0, 30.0, 90.0)  # how long a site's agent, or the coordinator, stays away
-IDLE = "idle"
 
 
 class Timeline:

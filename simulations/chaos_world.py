@@ -30,7 +30,6 @@ from simulations.chaos_watch import Violation, Watch, quiet
 LIVES = 25  # of a run's coordinator
 SET_AGAIN_S = (5.0, 30.0, 300.0)  # until somebody sets the clock
 STARTS = 40  # of a site's agent in a run
-DISK_CODES = ("ledger.write_failed", "ledger.unusable", "journal.write_failed", "journal.unusable")
 REFUSED_CODES = ("budget.exhausted", "budget.not_encumbered")
 CLOCK_CODES = ("contract.expired", "identity.expired")
 SITE_AIMS = ("ledger.jsonl", "rounds.jsonl", "witness.json", "lineage.key")

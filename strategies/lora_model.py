@@ -211,17 +211,22 @@ class _Caught(Exception):
 
 def load_base(kind: str, folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer of a folder, in float32 but for a quantised base. kind: AutoModel or AutoModelForCausalLM. No
-    code of it is run, nothing is fetched. Raises as `check_quantisation`."""
+    code of it is run, nothing is fetched. Raises UsageError `model.unreadable`; also as `check_quantisation`."""
     import torch
     import transformers
+    from safetensors import SafetensorError
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     check_quantisation(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    base = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
-                                                       use_safetensors=True, dtype=torch.float32,
-                                                       attn_implementation=attention())
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        base = getattr(transformers, kind).from_pretrained(folder, local_files_only=True, trust_remote_code=False,
+                                                           use_safetensors=True, dtype=torch.float32,
+                                                           attn_implementation=attention())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError("model.unreadable", f"transformers can't load {folder.name}: {e}",
+                         "Copy the folder again, or use a model that this release of transformers knows.") from e
     return base, tokenizer
 
 

@@ -346,6 +346,12 @@ def test_attack_adapter_other_than_the_released_one(own: Running, tmp_path: Path
     assert list(tmp_path.iterdir()) == [own.root]
 
 
+def test_attack_adapter_of_a_run_that_released_none(own: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other_run(own, lambda copy: (copy / "adapter/adapter_model.safetensors").write_bytes(b"\xff" * 100))
+    monkeypatch.setattr(type(own.client("engineer")), "_release", lambda *_: "")
+    assert code(CheckFailed, own.client("engineer").adapter, RUN, tmp_path / "x") == "control.adapter"
+
+
 def test_attack_pickle_among_the_adapter(own: Running, tmp_path: Path) -> None:
     other_run(own, lambda copy: (copy / "adapter/adapter_model.bin").write_bytes(b"\x80\x04"))
     assert code(CheckFailed, own.client("engineer").adapter, RUN, tmp_path / "x") == "control.transfer"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import tarfile
 import tempfile
 import zipfile
@@ -22,11 +21,11 @@ from safetensors.numpy import save
 from conf import load_settings
 from conf.settings import Settings
 from fl_client.control_channel import Address
+from fl_client.control_transfer import adapter_tensors_digest
 from fl_client.policy import SitePolicy, load_policy
 from privacy.errors import ConsiloError
 from simulations.fetch import Package, _extract
 from strategies.adapter import AdapterSpec
-from strategies.codec import read_folder
 from strategies.records import load_records
 from strategies.table import Table
 
@@ -67,14 +66,10 @@ def unpack(kind: str, folder: Path) -> Callable[[bytes], object]:
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     folder = tmp_path_factory.mktemp("config")
-    (folder / "adapter_config.json").touch()
-    config = json.dumps({"peft_type": "LORA", "r": 2, "init_lora_weights": True, "use_dora": False}).encode()
     tensors = save({name: np.ones(shape, np.float32) for name, shape in SPEC.shapes})
 
-    def at(name: str, read: Callable[[Path], object], **others: bytes) -> Callable[[bytes], object]:
+    def at(name: str, read: Callable[[Path], object]) -> Callable[[bytes], object]:
         home = Path(tempfile.mkdtemp(dir=folder))
-        for other, content in others.items():
-            (home / other.replace("_json", ".json").replace("_safetensors", ".safetensors")).write_bytes(content)
 
         def parser(data: bytes) -> object:
             (home / name).write_bytes(data)
@@ -87,9 +82,6 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         assert len(list(found)) == len(found) == len(list(found.contents))
         return found[0], found.owners
 
-    def adapter(path: Path) -> object:
-        return read_folder(path.parent, SPEC)
-
     return {
         "policy": Target(at("policy.yaml", load_policy), [POLICY, b"approver: {a: [b]}\n&a b: !!int '0_'\n<<: *a\n"]),
         "csv": Target(at("d.csv", table), [CSV]),
@@ -97,12 +89,11 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         "csv as records": Target(at("d.csv", lambda p: load_records(p, ("x", "y")).valid.tolist()), [CSV]),
         "jsonl": Target(at("d.jsonl", table), [JSONL]),
         "jsonl with persons": Target(at("d.jsonl", lambda p: table(p, "person")), [JSONL]),
-        "adapter config": Target(at("adapter_config.json", adapter, adapter_model_safetensors=tensors), [config]),
-        "safetensors": Target(at("adapter_model.safetensors", adapter, adapter_config_json=config), [
+        "safetensors": Target(at("adapter_model.safetensors", lambda p: adapter_tensors_digest(p.parent)), [
             tensors, *(tensors.replace(b'"F32"', kind) for kind in (b'"U32"', b'"I32"'))]),
-        "safetensors header": Target(at("adapter_model.safetensors", lambda p: adapter(reheaded(p, tensors)),
-                                        adapter_config_json=config),
-                                     [header(tensors), header(tensors).replace(b"F32", b"BF16")]),
+        "safetensors header": Target(
+            at("adapter_model.safetensors", lambda p: adapter_tensors_digest(reheaded(p, tensors).parent)),
+            [header(tensors), header(tensors).replace(b"F32", b"BF16")]),
         "wheel": Target(unpack("pypi", folder), [archive("pypi")]),
         "tarball": Target(unpack("npm", folder), [archive("npm")]),
         "address": Target(lambda data: Address.parse(data.decode("latin-1")),
@@ -121,8 +112,8 @@ def reheaded(path: Path, tensors: bytes) -> Path:
     return path
 
 
-NAMES = ("policy", "csv", "csv with persons", "csv as records", "jsonl", "jsonl with persons", "adapter config",
-         "safetensors", "safetensors header", "wheel", "tarball", "address")
+NAMES = ("policy", "csv", "csv with persons", "csv as records", "jsonl", "jsonl with persons", "safetensors",
+         "safetensors header", "wheel", "tarball", "address")
 
 
 @TIMES

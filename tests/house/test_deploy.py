@@ -190,10 +190,14 @@ def test_dockerfiles_are_plain(file: Path) -> None:
     assert re.search(r"^ARG PYTHON_IMAGE=python:3\.\d+[\w.-]*-slim-\w+$", text, re.M), "a version, never latest"
     assert not re.search(r"latest|curl|wget|sudo|(?i:secret|password|token|private)", text)
     assert [value for name, value in steps if name == "USER"] == ["10001:10001"]
-    assert "--constraint constraints.txt" in text
+    installs = re.findall(r"pip install (.*?) (?:&&|$)", text, re.M)
+    assert all("--no-deps" in line for line in installs), "what isn't in the lock isn't installed"
+    assert ["--require-hashes" in line for line in installs] == [True, True, False]
     copied = [word for name, value in steps if name == "COPY" and "--from" not in value for word in value.split()[:-1]]
+    copied = [word.replace("${TORCH_LOCK}", "torch-cpu.lock") for word in copied]
     assert all((ROOT / word).exists() for word in copied)
-    assert {"conf", "fl_client", "fl_server", "privacy", "simulations", "strategies", "constraints.txt"} <= set(copied)
+    assert {"conf", "fl_client", "fl_server", "privacy", "simulations", "strategies", "requirements.lock",
+            "torch-cpu.lock"} <= set(copied)
     assert any(name == "HEALTHCHECK" for name, _ in steps) == (file.suffix == ".coordinator")
 
 

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from strategies.adapter import initial
+from strategies.adapter import AdapterSpec, initial
 from strategies.base import A, Rule, Setup, adapter_spec
-from strategies.codec import peft_spec, read, write
 
 RANK, ALPHA = 2, 8.0
 SCALE = ALPHA / RANK
@@ -35,6 +34,25 @@ def peft_model(kind: str, *, r: int = RANK, **config: Any) -> Any:
         targets = ["query", "value"] if kind == "bert" else ["q_proj", "v_proj"]
         settings = {"r": r, "lora_alpha": ALPHA * r / RANK, "target_modules": targets} | config
         return get_peft_model(base, LoraConfig(**settings)).eval()
+
+
+def peft_spec(model: Any, adapter: str = "default") -> AdapterSpec:
+    """Names, as PEFT saves them, and shapes of the LoRA tensors; all are trained."""
+    shapes = tuple((name, value.shape) for name, value in read(model, adapter).items())
+    return AdapterSpec(shapes, frozenset(name for name, _ in shapes))
+
+
+def read(model: Any, adapter: str = "default") -> Tensors:
+    """Copies, sorted by name."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return {name: state[name].detach().numpy().copy() for name in sorted(state)}
+
+
+def write(model: Any, tensors: Tensors, adapter: str = "default") -> None:
+    """PEFT loads wrong keys in silence, so what was loaded is read back."""
+    checked = peft_spec(model, adapter).check(tensors)
+    set_peft_model_state_dict(model, {n: torch.from_numpy(v.copy()) for n, v in checked.items()}, adapter)
+    assert all(v.tobytes() == checked[n].tobytes() for n, v in read(model, adapter).items())
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
+from peft_kit import peft_spec, read, write
 
 from strategies.adapter import HEAD
 from strategies.base import RESIDUAL, A, B, Rule
-from strategies.codec import peft_spec, read, write
 from strategies.conformance import TOLERANCE
 from strategies.exact import Exact
 from strategies.federate import encoded_mean, federate

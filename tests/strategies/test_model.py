@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+from fl_client.control_transfer import adapter_tensors_digest
 from privacy.contract import Contract, LoraTerms, ModelTerms
 from privacy.errors import ConsiloError, Refused, UsageError
 from strategies.adapter import HEAD, initial
@@ -185,6 +187,34 @@ def test_pickled_weights_are_refused_unopened(folder: Path, name: str, tiny_cont
             use(folder)
         assert caught.value.code == "model.pickle"
     assert not marker.exists()
+
+
+LYING = {
+    "past the end": {"a": {"dtype": "F32", "shape": [1 << 20], "data_offsets": [0, 1 << 22]}},
+    "overlapping": {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+                    "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+    "a shape that its bytes are not": {"a": {"dtype": "F32", "shape": [1 << 30, 1 << 30], "data_offsets": [0, 12]}},
+    "a product that overflows": {"a": {"dtype": "F32", "shape": [1 << 63, 2], "data_offsets": [0, 12]}},
+    "before the start": {"a": {"dtype": "F32", "shape": [3], "data_offsets": [-4, 8]}},
+}
+
+
+@pytest.mark.parametrize("lie", [*LYING, "a header of an exabyte"])
+def test_case_14_a_header_that_lies_is_refused_before_anything_is_allocated(lie: str, folder: Path) -> None:
+    """Of a base model, and of an adapter that is fetched."""
+    header = json.dumps(LYING.get(lie, {})).encode()
+    size = len(header) if lie in LYING else 1 << 60
+    for name in ("model.safetensors", "adapter_model.safetensors"):
+        (folder / name).write_bytes(size.to_bytes(8, "little") + header + bytes(12))
+    tracemalloc.start()
+    try:
+        assert adapter_tensors_digest(folder) == ""
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"model\.unreadable"):
+        classifier(folder)
 
 
 @pytest.mark.case(15)

@@ -584,7 +584,7 @@ def test_stop_during_a_long_poll(pki: Pki, monkeypatch: pytest.MonkeyPatch, brok
 def test_nothing_is_left_after_a_stage(fleet: FleetServer, pki: Pki, exchange: Exchange) -> None:
     def refuse(body: bytes, arrays: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
         if body == b"refuse":
-            raise StageRefused(SiteCode.BUSY)
+            raise StageRefused(SiteCode.FAILED)
         return body, arrays
 
     with serving(link_to(fleet, pki, "a"), build_app({"train.update": refuse})):
