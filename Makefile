@@ -25,11 +25,9 @@ check: $(STAMP)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
+# Baselines that aren't installed are rows that say so: `pip install 'consilo[bench]'`, or NVFLARE_PYTHON=/path/to/python.
 bench: $(STAMP)
-	@mkdir -p outputs/bench
-	@$(BIN)/fl-simulate bench secagg --json > outputs/bench/secagg.json
-	@$(BIN)/fl-simulate bench round --json > outputs/bench/round.json
-	@$(BIN)/fl-simulate bench dp-step --model minilm --json > outputs/bench/dp-step.json
+	@$(BIN)/fl-simulate bench all --out outputs/bench
 
 proto: $(STAMP)
 	@$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. privacy/control/*.proto

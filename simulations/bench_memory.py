@@ -62,3 +62,11 @@ def status(name: str) -> int:
     """Bytes of a field of this process' memory (VmRSS: resident now; VmHWM: at most so far). Raises OSError, KeyError."""
     lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
+
+
+def resident(name: str) -> int | None:
+    """`status`, or None where the kernel doesn't tell."""
+    try:
+        return status(name)
+    except (OSError, KeyError):
+        return None

@@ -15,8 +15,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.transcript import least_threshold
 from privacy.signing import code_digest
-from simulations.bench import environment
-from simulations.bench_memory import status
+from simulations.bench import environment, finished, process
+from simulations.bench_memory import resident
 from simulations.bench_round import COORDINATOR, POLICY, RANGE, UPDATE, Drawn, consortium
 from simulations.bench_scale_pipe import PipeGrid, answer
 from strategies.adapter import Tensors
@@ -56,13 +56,14 @@ from strategies.adapter import Tensors
 BASELINE, GROUP, ROUNDS = 8, 64, 2
 RATIO = 1.2  # goal: peak memory to that with BASELINE sites
 WAIT_S = 600.0
+MODULE = "simulations.bench_scale"
 
 
 def run(*, sites: int, dim: int, network: bool = False) -> dict[str, Any]:
     """All figures of docs/benchmarks.md, `bench scale`. Raises Unreachable `bench.process` where a process fails."""
     at_start = environment("numpy", "cryptography", "flwr")
-    measured = {n: _measured(n, dim, network) for n in sorted({min(BASELINE, sites), sites})}
-    own, base = measured[sites], measured[min(BASELINE, sites)]
+    at = {n: measured(n, dim, network) for n in sorted({min(BASELINE, sites), sites})}
+    own, base = at[sites], at[min(BASELINE, sites)]
     peak, least = own["peak_bytes"], base["peak_bytes"]
     ratio = None if peak is None or least is None else peak / least
     found = {"bench": "scale", "sites": sites, "dim": dim, "network": network, "rounds": ROUNDS,
@@ -71,7 +72,7 @@ def run(*, sites: int, dim: int, network: bool = False) -> dict[str, Any]:
              "wall_s": own["wall_s"] / ROUNDS, "exact": own["exact"],
              "baseline": {"sites": min(BASELINE, sites), "peak_rss_mib": None if least is None else least / 2**20,
                           "cpu_s_per_site": base["cpu_s"] / min(BASELINE, sites) / ROUNDS},
-             "ratio_baseline": ratio, "samples": measured}
+             "ratio_baseline": ratio, "samples": at}
     if ratio is not None:
         found["goals"] = {"ratio_baseline": {"value": ratio, "limit": RATIO, "met": ratio <= RATIO}}
     return found
@@ -95,17 +96,15 @@ def render(found: dict[str, Any]) -> str:
         f"coordinator, CPU ms a site and round: {1e3 * found['cpu_s_per_site']:.2f}"))
 
 
-def _measured(sites: int, dim: int, network: bool) -> dict[str, Any]:
+def measured(sites: int, dim: int, network: bool) -> dict[str, Any]:
+    """Of a coordinator process: peak and idle bytes (None where the kernel doesn't tell), CPU and wall seconds of ROUNDS
+    rounds, and whether every mean is right. Raises Unreachable `bench.process`."""
     with tempfile.TemporaryDirectory(prefix="consilo-") as name:
         folder, names = Path(name), [f"site-{i:04d}" for i in range(sites)]
         roster = consortium(folder, names)
         for i, members in enumerate(groups(sites)):
             _write_contract(folder / f"group-{i}.json", i, {names[k]: roster[names[k]].sign_fingerprint for k in members})
-        with _process("coordinate", str(folder), len(groups(sites)), dim, network) as coordinator:
-            found, _ = coordinator.communicate()
-    if coordinator.returncode:
-        raise Unreachable("bench.process", "The bench's coordinator process failed.", "Its error is above.")
-    return dict(json.loads(found))
+        return finished(MODULE, "coordinate", str(folder), len(groups(sites)), dim, network)
 
 
 def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
@@ -114,10 +113,10 @@ def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
     roster = {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust)) if e.role is Role.SITE}
     check, cpu, wall, means = certificate_check(TrustStore.load(trust)), 0.0, 0.0, []
     with _fleet(folder, roster) if network else nullcontext() as fleet:
-        idle = _status("VmRSS")
+        idle = resident("VmRSS")
         for i, contract in enumerate(contracts):
             names = [site.name for site in contract.sites]
-            with _process("serve", str(folder), i, fleet.port if fleet else 0, dim) as sites:
+            with process(MODULE, "serve", str(folder), i, fleet.port if fleet else 0, dim) as sites:
                 exchange = Exchange(fleet.grid, fleet.nodes) if fleet else _piped(sites, names)
                 if missing := set(names) - exchange.wait_online(names, WAIT_S):
                     raise Unreachable("run.sites_missing", f"{len(missing)} sites aren't online.", "Their errors are above.")
@@ -128,7 +127,7 @@ def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
                     done = driver.attempt(no, 0, _adapter(dim, no))
                 cpu, wall = cpu + time.process_time() - started, wall + time.perf_counter() - began
             means.append((driver, done.change[UPDATE]))
-        peak = _status("VmHWM")
+        peak = resident("VmHWM")
     exact = all(_exact(driver, mean) for driver, mean in means)
     sys.stdout.write(json.dumps({"peak_bytes": peak, "idle_bytes": idle, "cpu_s": cpu, "wall_s": wall, "exact": exact}))
 
@@ -208,25 +207,6 @@ def _write_contract(file: Path, run: int, signers: dict[str, str]) -> None:
                    "bits": min(24, ((2**31 - 1) // len(signers) + 1).bit_length())},
         "sites": [{"name": name, "signer": signer, "n_decl": 100, "delta": 1e-5, "sigma": 0.0}
                   for name, signer in signers.items()]})).to_bytes())
-
-
-@contextmanager
-def _process(*job: Any) -> Iterator[subprocess.Popen[str]]:
-    variables = {**os.environ, "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    with subprocess.Popen([sys.executable, "-P", "-m", "simulations.bench_scale", json.dumps(job)], env=variables,
-                          text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        try:
-            yield process
-        except BaseException:
-            process.kill()
-            raise
-
-
-def _status(name: str) -> int | None:
-    try:
-        return status(name)
-    except (OSError, KeyError):
-        return None
 
 
 if __name__ == "__main__":

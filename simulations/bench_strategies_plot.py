@@ -1,23 +1,13 @@
-"""The figure of `bench strategies`: accuracy of the rules against skew, rank and epsilon, as an SVG file.
-
-Guarantees: the same result gives the same bytes (fixed ids, no date, no user style); text stays text.
-"""
+"""The figure of `bench strategies`: accuracy of the rules against skew, rank and epsilon, as an SVG file."""
 
 from __future__ import annotations
 
-import io
 from statistics import mean
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-
 from privacy.errors import UsageError
+from simulations.bench_plot import drawing, svg
 
-_STYLE = {"svg.fonttype": "none", "svg.hashsalt": "strategies", "font.family": "sans-serif",
-          "font.sans-serif": ["DejaVu Sans"], "font.size": 9.0, "axes.edgecolor": "#666666", "axes.linewidth": 0.8,
-          "text.color": "#222222", "axes.labelcolor": "#222222"}
 _COLOURS = {"ffa": "#1f4e79", "fedit": "#b45f06", "rolora": "#38761d", "exact": "#a61c00", "fedsb": "#7b2d8b",
             "hetero": "#0b7285"}
 _DASHED = {"flora": "#a61c00", "flexlora": "#b45f06", "krum": "#9a9a9a", "trimmed_mean": "#777777", "median": "#555555"}
@@ -29,9 +19,7 @@ def figure(found: dict[str, Any]) -> str:
     if "sweep" not in found:
         raise UsageError("bench.no_sweep", "The result holds no sweep, so there is nothing to draw.",
                          "Run `fl-simulate bench strategies --sweep --json` and give that result.")
-    with mpl.rc_context({**mpl.rcParamsDefault, **_STYLE}):
-        made = Figure(figsize=(9.6, 3.9), layout="constrained")
-        FigureCanvasSVG(made)
+    with drawing("strategies", 9.6, 3.9) as made:
         axes = made.subplots(1, len(PANELS), sharey=True)
         for at, (name, label) in zip(axes, PANELS, strict=True):
             cells = found["sweep"][name]
@@ -40,9 +28,7 @@ def figure(found: dict[str, Any]) -> str:
             _panel(at, cells, label)
         axes[0].set_ylabel("accuracy, held-out sentences")
         made.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False, ncols=6)
-        out = io.StringIO()
-        made.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
+        return svg(made)
 
 
 def _panel(axes: Any, cells: list[dict[str, Any]], label: str) -> None:

@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from privacy import cli_edge
-from simulations import attack_cli, audit_cli, bench, chaos_cli
+from simulations import attack_cli, audit_cli, bench_cli, chaos_cli
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Federations on this machine.")
-app.add_typer(bench.app, name="bench")
+app.add_typer(bench_cli.app, name="bench")
 app.command("audit")(audit_cli.audit_command)
 app.command("demo-attack")(attack_cli.demo_attack_command)
 app.command("chaos")(chaos_cli.chaos_command)

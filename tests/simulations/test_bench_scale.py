@@ -42,6 +42,6 @@ def test_sites_over_the_network(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_wrong_mean_fails_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     measured = {"peak_bytes": None, "idle_bytes": None, "cpu_s": 1.0, "wall_s": 1.0, "exact": False}
-    monkeypatch.setattr(bench_scale, "_measured", lambda sites, dim, network: measured)
+    monkeypatch.setattr(bench_scale, "measured", lambda sites, dim, network: measured)
     code, result = found(capsys)
     assert (code, result["exact"], result["ratio_baseline"]) == (1, False, None)
