@@ -46,6 +46,7 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from google.protobuf.message import DecodeError
 
 from fl_client.app import Handler, StageRefused, Vector, build_app, dispatch
 from fl_client.link_tls import CheckServer, Sockets, check_url, identity, proxy_for
@@ -60,7 +61,7 @@ MAX_OBJECTS = 256  # of one message
 BEAT_S = 10.0  # Flower's minimum; a node counts as gone after two
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 5.0
 READ_S, CONNECT_S, LEAVE_S = 30.0, 5.0, 1.0  # a poll is held for 20 s
-BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError)
+BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError, DecodeError)
 
 
 class FleetLink:

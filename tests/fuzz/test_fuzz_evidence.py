@@ -7,9 +7,11 @@ key of its own can send.
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from fuzz_kit import TIMES, Target, bounded, fuzz, holds, mutated
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_client.evidence import export
 from fl_client.journal import SiteJournal, read_statements
 from fl_client.witness import HEAD, Witness
 from fl_server.journal import read_events, status
@@ -27,19 +30,24 @@ from privacy import ca, enrol
 from privacy.ca_requests import read_request
 from privacy.canonical import canonical, digest, parse
 from privacy.contract import Contract, load_contract
+from privacy.errors import ConsiloError
 from privacy.identity import Role, TrustStore, key_pem, load_certificate, load_crl, load_key, read_subject
 from privacy.ledger import check_extract
 from privacy.ledger_records import V2, domain
+from privacy.report_extras import AttackExtra, AuditExtra
 from privacy.signing import check_signature, read_approval, sign_contract
 from privacy.statements import PAYLOAD_TYPE, open_envelope, seal
 from privacy.transparency import Head, open_checkpoint, open_witness, sign_checkpoint, sign_witness
 from privacy.verify import verify_bundle
+from tests.client import test_evidence as site
 from tests.privacy import evidence_fixture as evidence
+from tests.privacy.extras_kit import attack, audit
 
 NAMES = ("contract", "envelope", "payload", "ledger extract", "ledger record", "site journal", "site statements",
          "run journal", "run status", "checkpoint", "checkpoint payload", "witness payload", "witness state", "private key",
          "certificate", "root certificate", "issuing certificate", "revocation list", "request", "request signed anew",
-         "roster", "roster payload", "contract signature", "approval", "enrolment token", "enrolment answer")
+         "roster", "roster payload", "contract signature", "approval", "enrolment token", "enrolment answer", "audit",
+         "attack")
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +167,8 @@ def targets(world: tuple[evidence.Consortium, Path, Path]) -> dict[str, Target]:
         "enrolment answer": Target(lambda data: enrol.accept(
             data, tls=tls_key.public_key(), sign=sign_key.public_key(), who=read_subject(own.subject), role=Role.SITE,
             ca=trust.fingerprint, at=now), [answer]),
+        "audit": Target(at("audit", lambda p: AuditExtra(p).shown(agreed)), [json.dumps(audit(parties)).encode()]),
+        "attack": Target(at("attack", lambda p: AttackExtra(p).shown(agreed)), [json.dumps(attack()).encode()]),
     }
 
 
@@ -213,6 +223,33 @@ def test_bundles(times: int, world: tuple[evidence.Consortium, Path, Path]) -> N
             evidence.reseal(work, parties)
         verdict = verify_bundle(work, parties.fingerprint)
         assert verdict.verdict == "FAIL" or name.startswith("certificates/"), name
+        assert not [s for s in verdict.steps if re.search(r"\(verify\.[A-Z]", s.detail)], (name, verdict.steps)
+
+    run()
+
+
+@TIMES
+def test_bundles_of_a_site(times: int, tmp_path_factory: pytest.TempPathFactory,
+                           tiny_contract: Callable[..., Contract]) -> None:
+    """The same for what a site exports of itself, sealed again by the site. Which heads it saw is its own word."""
+    place, work = site.Place(tmp_path_factory.mktemp("site"), tiny_contract), tmp_path_factory.mktemp("work") / "bundle"
+    bundle = place.folder / "bundle"
+    export(place.site, bundle)
+    files = sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file() and p.name != "manifest.json")
+
+    @bounded(15, times)
+    @given(st.sampled_from(files), st.integers(0, 2**32 - 1))
+    def run(name: str, seed: int) -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(bundle, work)
+        good = (bundle / name).read_bytes()
+        if (data := mutated(good, seed)) == good:
+            return
+        (work / name).write_bytes(data)
+        with suppress(ValueError, KeyError, IndexError, TypeError, ConsiloError):  # what can't even be sealed
+            place.reseal(work)
+        verdict = verify_bundle(work, place.root)
+        assert verdict.verdict == "FAIL" or name.startswith(("certificates/", "witness/")), (name, seed)
         assert not [s for s in verdict.steps if re.search(r"\(verify\.[A-Z]", s.detail)], (name, verdict.steps)
 
     run()
