@@ -138,6 +138,7 @@ def furnish(machines: Machines, tiny_model: Path, tiny_data: dict[str, Path]) ->
         (machines.root / host / "etc" / f"{name}.env").write_text(text.replace("threads=4", "threads=1"))
 
 
+@pytest.mark.timeout(600)
 def test_the_guide_runs_and_a_revoked_site_is_out(machines: Machines, tiny_model: Path, tiny_data: dict[str, Path]) -> None:
     at, ca = machines.root, machines.root / "ca"
     hub = at / "coordinator"
