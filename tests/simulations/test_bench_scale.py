@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from privacy import cli_edge
 from simulations import bench_scale
-from simulations.bench_scale import GROUP, groups
+from simulations.bench_round import Drawn
+from simulations.bench_scale import GROUP, ROUNDS, groups
 from simulations.cli import app
 
 
@@ -45,3 +48,13 @@ def test_a_wrong_mean_fails_it(capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(bench_scale, "measured", lambda sites, dim, network: measured)
     code, result = found(capsys)
     assert (code, result["exact"], result["ratio_baseline"]) == (1, False, None)
+
+
+@pytest.mark.parametrize(("off", "right"), [(0.0, True), (1e-5, False)])
+def test_a_mean_is_right_within_the_encodings_bound(off: float, right: bool, tmp_path: Path) -> None:
+    bench_scale._write_contract(tmp_path / "group-0.json", 0, {f"site-{i}": f"{i:064x}" for i in range(3)})
+    adapter = bench_scale._adapter(50, ROUNDS)
+    mean = np.mean([Drawn(i, 50).train(adapter, ROUNDS) for i in range(3)], 0, np.float64).astype(np.float32)
+    mean[-1] += off
+    mean.tofile(tmp_path / "mean-0")
+    assert bench_scale._exact(tmp_path, 0) == right
