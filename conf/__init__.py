@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from conf.familiar import hint
 from conf.settings import Settings
 from privacy.contract import validate
 from privacy.errors import UsageError, nearest
@@ -63,7 +64,7 @@ def _refuse_code(value: Any) -> None:
 
 
 def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
-    """Name the override that hydra didn't take, with the nearest known key."""
+    """Name the override that hydra didn't take, with the key that was meant, or the nearest."""
     for override in overrides:
         key, _, chosen = override.lstrip("+~").partition("=")
         group = Path(__file__).parent / key
@@ -72,7 +73,8 @@ def _override(error: Exception, overrides: Sequence[str]) -> UsageError:
                               nearest(chosen, [f.stem for f in group.glob("*.yaml")]))
         known = _known_keys()
         if key and key not in known and key.split(".")[-1] in str(error):
-            return UsageError("config.override", f"The override {key!r} is not understood.", nearest(key, known))
+            return UsageError("config.override", f"The override {key!r} is not understood.",
+                              hint(key.split(".")[-1]) or nearest(key, known))
     return UsageError("config.override", "The overrides are not understood.", "Write them as group=name or key=value.")
 
 

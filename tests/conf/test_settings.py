@@ -9,6 +9,7 @@ import pytest
 
 import conf
 from conf import load_settings
+from conf.familiar import FAMILIAR
 from privacy.errors import UsageError
 
 SECRET = "canary-93bf"
@@ -46,6 +47,32 @@ def test_overrides_reach_their_fields() -> None:
     assert (settings.purpose, settings.data.labels) == ("to test", None)
     assert not settings.secure_aggregation.enabled
     assert settings.rule.name == "fedit"
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIAR))
+def test_a_name_of_another_trainer_leads_to_ours(name: str) -> None:
+    key = FAMILIAR[name][0]
+    assert key in conf._known_keys()
+    for typed in (name, f"{key.split('.')[0]}.{name}"):
+        assert f"Here it is {key}" in refusal(f"{typed}=1").mend
+
+
+def test_the_table_of_names_is_that_of_the_code() -> None:
+    text = (FOLDER.parent / "docs" / "language-models.md").read_text()
+    assert all(f"| {name} | `{key}` | {note} |" in text for name, (key, note) in FAMILIAR.items())
+
+
+def test_names_of_other_trainers_are_theirs() -> None:
+    import inspect
+
+    from opacus import PrivacyEngine
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    theirs = {name for what in (TrainingArguments, LoraConfig, PrivacyEngine.make_private,
+                                PrivacyEngine.make_private_with_epsilon) for name in inspect.signature(what).parameters}
+    assert FAMILIAR.keys() - theirs == {  # of TRL, of Opacus' memory manager and of its accountants
+        "max_seq_length", "dataset_text_field", "chat_template_path", "max_physical_batch_size", "sample_rate"}
 
 
 def test_group_and_experiment_overrides() -> None:

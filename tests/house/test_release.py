@@ -121,4 +121,4 @@ def test_what_unpickles_or_evaluates_is_refused_by_the_linter() -> None:
             assert found.returncode == 1 and f" {rule} " in found.stdout, (text, found.stdout)
     excused = [line for name in tracked() if SHIPPED.fullmatch(name) for line in (ROOT / name).read_text().splitlines()
                if re.search(r"noqa:.*(TID251|S102|S307|S301|S506|S60[245])", line)]
-    assert [line.split("#")[0].strip() for line in excused] == ["with np.load(file, allow_pickle=False) as kept:"]
+    assert len(excused) == 2 and all("np.load(" in line and "allow_pickle=False" in line for line in excused)
