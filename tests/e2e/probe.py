@@ -43,7 +43,8 @@ GATHER_S = 240.0
 
 
 def site(job: dict[str, Any]) -> int:
-    """`fl-client run`. job: overrides, spec, dump; fall: {stage, when: asked | answered, signal} or nothing."""
+    """`fl-client run`. job: overrides, spec, dump; fall: {stage, when: asked | answered, signal} or nothing; trains: with
+    its real trainer."""
     plan, encoded = dict(job["fall"]), list[list[int]]()
     encode, handlers = Encoding.encode, SiteRound.handlers
 
@@ -86,7 +87,8 @@ def site(job: dict[str, Any]) -> int:
 
         return run
 
-    fl_client.agent.TrainerProcess = RandomUpdate
+    if not job.get("trains"):
+        fl_client.agent.TrainerProcess = RandomUpdate
     Encoding.encode = kept
     SiteRound.handlers = lambda self: {
         name: watched(name.partition(".")[2], handler) for name, handler in handlers(self).items()}
@@ -96,7 +98,7 @@ def site(job: dict[str, Any]) -> int:
 
 def coordinator(job: dict[str, Any]) -> int:
     """`fl-server run`, or another command of it. job: overrides, dump, command; gather: each attempt begins once all sites
-    are connected."""
+    are connected; gate: path of a file of JSON, {rounds: no later one begins yet, gather}, which is read before each."""
     unmask, attempt = CoordinatorSession.unmask, RoundDriver.attempt
 
     def unmasked(session: CoordinatorSession) -> Any:
@@ -104,15 +106,22 @@ def coordinator(job: dict[str, Any]) -> int:
         _note(job["dump"], round=session.offer.round, attempt=session.offer.attempt, words=total.tolist())
         return total
 
-    def gathered(driver: RoundDriver, *args: Any) -> Any:
-        if job["gather"]:
+    def gathered(driver: RoundDriver, round_no: int, *args: Any) -> Any:
+        while (said := _gate(job)).get("rounds", round_no) < round_no:
+            time.sleep(0.05)
+        if job["gather"] or said.get("gather"):
             driver._exchange.wait_online(driver._names, GATHER_S)
-        return attempt(driver, *args)
+        return attempt(driver, round_no, *args)
 
     CoordinatorSession.unmask = unmasked
     RoundDriver.attempt = gathered
     sys.argv = ["fl-server", job.get("command", "run"), *job["overrides"]]
     return fl_server.cli.main()
+
+
+def _gate(job: dict[str, Any]) -> dict[str, Any]:
+    gate = Path(job.get("gate", ""))
+    return dict(json.loads(gate.read_text())) if gate.is_file() else {}
 
 
 def _note(path: str, **what: Any) -> None:

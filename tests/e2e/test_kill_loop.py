@@ -31,10 +31,10 @@ LIMIT_S = 900.0  # of one run, however often something is killed in it
 class Place:
     """One run whose processes are killed and started again, the coordinator with `resume`."""
 
-    def __init__(self, probe: Probe, out: Path, model: Path, data: dict[str, Path], *more: str,
+    def __init__(self, probe: Probe, out: Path, model: Path, data: dict[str, Path], *more: str, trains: str = "",
                  prepare: Callable[[Place], None] = lambda place: None) -> None:
-        """prepare: between the approvals and the first process."""
-        self.probe, self.out, self.port = probe, out, demo.free_port()
+        """trains: the site that really does. prepare: between the approvals and the first process."""
+        self.probe, self.out, self.trains, self.port = probe, out, trains, demo.free_port()
         files = [data[f"site-{x}"] for x in "abcab"]
         self.overrides = [
             "model=local", "model.name=tiny", f"model.path={model}", "model.max_length=16", "data=files", "data.name=tiny",
@@ -43,6 +43,7 @@ class Place:
             "server.wait_s=120", "server.stage_deadline_s=6", "server.deadline_s=6", "server.evaluate_every=100",
             "data.sites={" + ",".join(f"{n}:{{file:{f}}}" for n, f in zip(SITES, files, strict=True)) + "}", *more]
         self.settings = declare_sites(load_settings(self.overrides))
+        self.rounds = self.settings.privacy.rounds
         contract = make_contract(self.settings, {name: f"{k:064x}" for k, name in enumerate(SITES)})
         self.spec = build(model, contract).spec(rule(contract.rule.name, secure=True).trains)
         demo.empty(out)
@@ -58,8 +59,15 @@ class Place:
             command = [f"site.url={self.urls[name]}" if part.startswith("site.url=") else part for part in command]
         job = {"overrides": command[command.index("run") + 1:], "log": f"{self.out}/{name}.log",
                "dump": f"{self.out}/{name}.dump", "spec": [self.spec.shapes, sorted(self.spec.trained)], "fall": {},
-               "gather": False, "command": "resume" if begun(self.out) else "run"}
+               "gather": False, "gate": f"{self.out}/gate", "trains": name == self.trains,
+               "command": "resume" if begun(self.out) else "run"}
         return int(self.probe.ask(do="start", role="coordinator" if name == "coordinator" else "site", job=job))
+
+    def allow(self, rounds: int, *, gather: bool = False) -> None:
+        """No later round than this begins yet. gather: each waits until all sites are connected."""
+        new = self.out / "gate.new"
+        new.write_text(json.dumps({"rounds": rounds, "gather": gather}))
+        new.replace(self.out / "gate")
 
     def ended(self, name: str, timeout_s: float = 0.0) -> int | None:
         code: int | None = self.probe.ask(do="wait", pid=self.pids[name], timeout_s=timeout_s)
@@ -100,7 +108,7 @@ class Place:
         done = [(r["round"], r["attempt"]) for r in said["rounds"] if r["outcome"] == "done"]
         assert [r for r, _ in done] == list(range(1, len(done) + 1)), "each round once, in order"
         slots = [(r["round"], r["attempt"]) for r in said["rounds"]]
-        assert len(set(slots)) == len(slots) and (len(done) == ROUNDS if code == 0 else len(done) < ROUNDS)
+        assert len(set(slots)) == len(slots) and (len(done) == self.rounds if code == 0 else len(done) < self.rounds)
         verdict = verify_bundle(self.out / "evidence", (self.out / "ca.sha256").read_text().strip())
         assert verdict.verdict == "PASS", verdict.as_dict()
         for name in SITES:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from transport_kit import Federation
+from flwr.supercore.corestate import in_memory_corestate
+from transport_kit import Federation, Pki, server
 
 from fl_client.app import StageRefused, build_app
 from fl_server.exchange import MALFORMED, MAX_BODY_BYTES, STYPE, UNREACHABLE, Answer, Exchange, Note, pack, unpack
@@ -225,3 +227,15 @@ def test_inprocess_nodes_share_no_memory() -> None:
         message.content["c"]["body"] = b"changed"
         message.content["arrays"]["w"].data = b""
     assert sent.content["c"]["body"] == got.content["c"]["body"] == b"{}" and unpack(got.content) is not None
+
+
+@pytest.mark.case(22, 26)
+def test_a_run_outlives_an_hour_in_which_its_coordinator_stood_still(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the clock jumped ahead: Flower takes either for the death of the process that the run belongs to."""
+    now = in_memory_corestate.now
+    with server(pki) as fleet:
+        assert fleet.state.activate_node(fleet.nodes["a"], 10)
+        monkeypatch.setattr(in_memory_corestate, "now", lambda: now() + timedelta(hours=1))
+        fleet.state.get_tasks()  # Flower looks for dead ones first
+        message = fleet.grid.create_message(pack(Note(b"{}")), "train.update", fleet.nodes["a"], "")
+        assert len(fleet.grid.push_messages([message])) == 1
