@@ -23,12 +23,13 @@ from fl_client.witness import Witness
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Refused
 from privacy.files import read_file
-from privacy.identity import FileSigner, Peer, Role, Signer, TrustStore
+from privacy.identity import FileSigner, Peer, Role, Signer
 from privacy.ledger import Ledger
 from privacy.ledger_file import begun
 from privacy.ledger_records import REFUSALS
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature
+from privacy.trust import TrustStore
 from privacy.trust_files import WatchedTrust
 from strategies.records import LabelledFile
 

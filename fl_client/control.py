@@ -26,8 +26,8 @@ from privacy.control import consilo_control_pb2 as pb
 from privacy.control import consilo_control_pb2_grpc as rpc
 from privacy.errors import CheckFailed, Refused, Unreachable
 from privacy.files import FileLayer, read_file, read_private
-from privacy.identity import TrustStore
 from privacy.predicates import Release
+from privacy.trust import TrustStore
 from privacy.trust_files import is_older, named_lists
 from privacy.verify import examine
 

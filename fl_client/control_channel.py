@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from privacy.control import MAX_REPLY_BYTES, MAX_REQUEST_BYTES
 from privacy.control.reasons import REASONS, reason
 from privacy.errors import ConsiloError, Refused, Unreachable, UsageError
-from privacy.identity import Role, TrustStore
+from privacy.identity import Role
+from privacy.trust import TrustStore
 
 CONNECT_S = 10.0
 _STATUS = grpc.StatusCode

@@ -24,8 +24,9 @@ from privacy import guard
 from privacy.accountant import Release, epsilon, round_up
 from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, Role, TrustStore, load_certificate, load_key, public_key
+from privacy.identity import FileSigner, Role, load_certificate, load_key, public_key
 from privacy.ledger_chain import LedgerSummary
+from privacy.trust import TrustStore
 
 RENEW_DAYS = 14
 FREE_BYTES = 2 * 2**30

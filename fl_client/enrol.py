@@ -29,16 +29,8 @@ from privacy.control import consilo_control_pb2 as pb
 from privacy.control import consilo_control_pb2_grpc as rpc
 from privacy.errors import Refused, Unreachable, UsageError
 from privacy.files import FileLayer, read_file, write_private
-from privacy.identity import (
-    FileSigner,
-    Role,
-    TrustStore,
-    create_request,
-    key_pem,
-    load_key,
-    make_request,
-    read_subject,
-)
+from privacy.identity import FileSigner, Role, create_request, key_pem, load_key, make_request, read_subject
+from privacy.trust import TrustStore
 from privacy.trust_files import trust_files
 
 POLL_S = 10.0

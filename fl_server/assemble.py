@@ -19,9 +19,10 @@ from privacy.ca import RosterEntry
 from privacy.contract import Contract
 from privacy.errors import Refused
 from privacy.files import FileLayer, read_file
-from privacy.identity import Role, Signer, TrustStore
+from privacy.identity import Role, Signer
 from privacy.secagg.peers import certificate_check
 from privacy.signing import check_signature, envelope
+from privacy.trust import TrustStore
 from privacy.trust_files import WatchedTrust
 from strategies.model import build
 

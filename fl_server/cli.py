@@ -24,7 +24,8 @@ def create_command(out: Annotated[Path, typer.Option("--out", help="Where to wri
     from fl_server.contracting import make_contract
     from privacy.ca import verify_roster
     from privacy.files import FileLayer, read_file
-    from privacy.identity import Role, TrustStore
+    from privacy.identity import Role
+    from privacy.trust import TrustStore
 
     settings = load_settings(overrides or [])
     trust = TrustStore.load(Path(settings.server.certificates) / "trust")
@@ -43,8 +44,9 @@ def sign_command(contract: Annotated[Path, typer.Argument(help="The contract, as
     """Sign a contract as its engineer; sites refuse one that nobody of the consortium's engineers has signed."""
     from privacy.contract import load_contract
     from privacy.files import FileLayer, read_file
-    from privacy.identity import FileSigner, TrustStore
+    from privacy.identity import FileSigner
     from privacy.signing import check_signature, sign_contract
+    from privacy.trust import TrustStore
 
     agreed = load_contract(read_file(contract))
     data = sign_contract(agreed, FileSigner(keys / "sign.key", certificates / "sign.pem"))

@@ -23,7 +23,8 @@ from cryptography import x509
 from privacy import trust_files
 from privacy.control.reasons import reason
 from privacy.errors import ConsiloError, Refused
-from privacy.identity import Peer, Role, TrustStore, load_certificate
+from privacy.identity import Peer, Role, load_certificate
+from privacy.trust import TrustStore
 
 REMEMBERED = 4096  # addresses whose rate is kept
 

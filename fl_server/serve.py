@@ -26,8 +26,9 @@ from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError, Unreachable, UsageError
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, Role, TrustStore
+from privacy.identity import FileSigner, Role
 from privacy.report import write_report
+from privacy.trust import TrustStore
 from privacy.trust_files import WatchedTrust
 
 if TYPE_CHECKING:

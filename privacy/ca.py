@@ -33,7 +33,6 @@ from privacy.identity import (
     CERTIFICATE_DAYS,
     PublicKey,
     Role,
-    TrustStore,
     fingerprint,
     key_pem,
     load_certificate,
@@ -43,6 +42,7 @@ from privacy.identity import (
     subject,
 )
 from privacy.statements import parse_payload, seal, unseal
+from privacy.trust import TrustStore
 
 ROSTER_TYPE = "application/vnd.consilo.roster+json"
 CRL_DAYS = 30

@@ -90,7 +90,7 @@ def roster_command(folder: Folder,
                    as_json: Json = False) -> None:
     """Renew the revocation lists (good for 30 days) and write the signed roster: who takes part, with certificates."""
     from privacy import ca
-    from privacy.identity import TrustStore
+    from privacy.trust import TrustStore
 
     ca.refresh_crls(folder)
     data = ca.roster(folder)

@@ -21,7 +21,8 @@ from privacy.canonical import canonical, parse
 from privacy.contract import Sha256, Terms, validate
 from privacy.errors import CheckFailed, Refused, UsageError
 from privacy.files import FileLayer, read_private, write_private
-from privacy.identity import CERTIFICATE_DAYS, Role, TrustStore, fingerprint, load_certificate, read_subject, subject
+from privacy.identity import CERTIFICATE_DAYS, Role, fingerprint, load_certificate, read_subject, subject
+from privacy.trust import TrustStore
 
 MAX_TOKEN_DAYS = 90
 ANSWER = "answer.json"

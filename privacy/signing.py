@@ -20,9 +20,10 @@ from privacy.canonical import canonical, labelled_hash, parse
 from privacy.contract import Contract, Name, Sha256, Terms, validate
 from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.guard import PACKAGES
-from privacy.identity import Peer, Role, Signer, TrustStore, load_certificate
+from privacy.identity import Peer, Role, Signer, load_certificate
 from privacy.predicates import KINDS, ContractSignature, Moment, Person
 from privacy.statements import MAX_ENVELOPE, MAX_PEM, make, open_envelope
+from privacy.trust import TrustStore
 
 CONTRACT_TYPE = KINDS["contract"].predicate_type
 APPROVAL_TYPE = "urn:consilo:approval:1"

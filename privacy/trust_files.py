@@ -16,7 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from privacy.errors import Refused, UsageError
-from privacy.identity import Role, TrustStore, fingerprint, load_certificate, load_crl
+from privacy.identity import Role, fingerprint, load_certificate
+from privacy.trust import TrustStore, load_crl
 
 MAX_LISTS = 16
 

@@ -12,11 +12,12 @@ from cryptography import x509
 from privacy.bundle import MANIFEST, Manifest, RawBundle, statement_name
 from privacy.contract import Contract, validate
 from privacy.errors import CheckFailed, ConsiloError
-from privacy.identity import Peer, Role, TrustStore, load_certificate
+from privacy.identity import Peer, Role, load_certificate
 from privacy.ledger import LedgerSummary
 from privacy.predicates import KINDS, Closing, Evaluation, Kind, Predicate, Release, Round, RoundSite
 from privacy.statements import Statement, open_envelope
 from privacy.transparency import Entry, Head
+from privacy.trust import TrustStore
 
 P = TypeVar("P", bound=Predicate)
 ROLES = (Role.SITE, Role.COORDINATOR, Role.ENGINEER)  # whose statements a run bundle holds

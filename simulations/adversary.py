@@ -13,12 +13,13 @@ from pathlib import Path
 
 from privacy import ca
 from privacy.errors import ConsiloError
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import Ring
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.site import SiteSession
+from privacy.trust import TrustStore
 
 Hook = Callable[[str, int, bytes], bytes | None]  # (message, site, bytes) -> what arrives, None: nothing
 

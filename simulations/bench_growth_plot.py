@@ -38,7 +38,7 @@ def figure(found: dict[str, Any]) -> str:
         _line(axes["mr"], x, [point["peak_rss_mib"] for point in points], marker="")
         axes["cr"].plot(x, [1e3 * point["cpu_s"] / rounds["sites"] for point in points], color=BLUE, linewidth=1.2)
         axes["cr"].set_xlabel("rounds")
-        for colour, what in zip(_COLOURS, points[0]["bytes"], strict=True):
+        for colour, what in zip(_COLOURS, sorted(points[0]["bytes"]), strict=True):
             axes["disk"].plot(x, [point["bytes"][what] / 2**10 for point in points], color=colour, linewidth=1.5, label=what)
         axes["disk"].set_xlabel("rounds")
         axes["disk"].set_title(f"files, KiB ({rounds['sites']} sites)", fontsize=9.0, loc="left")

@@ -42,11 +42,12 @@ from privacy.canonical import canonical, parse
 from privacy.contract import Contract, load_contract
 from privacy.errors import Unreachable
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.transcript import least_threshold
 from privacy.signing import code_digest
+from privacy.trust import TrustStore
 from simulations.bench import environment
 from simulations.bench_flower import Stock
 from strategies.adapter import AdapterSpec, Tensors, initial

@@ -41,11 +41,12 @@ from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
 from privacy.errors import Unreachable
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, Role, TrustStore
+from privacy.identity import FileSigner, Role
 from privacy.secagg.encoding import Encoding
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.transcript import least_threshold
 from privacy.signing import code_digest
+from privacy.trust import TrustStore
 from simulations.bench import environment, finished, process
 from simulations.bench_memory import resident
 from simulations.bench_round import COORDINATOR, POLICY, RANGE, UPDATE, Drawn, consortium

@@ -35,9 +35,10 @@ from fl_server.run import Progress, Run
 from privacy import ca
 from privacy.contract import Contract
 from privacy.files import read_file
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.secagg.peers import certificate_check
 from privacy.signing import sign_contract
+from privacy.trust import TrustStore
 from strategies.adapter import AdapterSpec, Tensors
 from strategies.base import adapter_spec
 from strategies.rules import RULES, rule

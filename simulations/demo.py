@@ -24,8 +24,9 @@ from privacy import ca
 from privacy.canonical import parse
 from privacy.errors import CheckFailed, ConsiloError, Refused
 from privacy.files import FileLayer, read_file
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.signing import sign_contract
+from privacy.trust import TrustStore
 from simulations.fetch import fetch
 from simulations.hpo import prepare as prepare_hpo
 from simulations.hpo import prepare_chat

@@ -30,10 +30,11 @@ from privacy import ca
 from privacy.contract import Contract
 from privacy.errors import UsageError
 from privacy.files import read_file
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.mechanism import declared
 from privacy.secagg.peers import certificate_check
 from privacy.signing import sign_contract
+from privacy.trust import TrustStore
 from simulations.inprocess import InProcessGrid
 from strategies.records import count_items
 from strategies.rules import RULES

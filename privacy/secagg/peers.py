@@ -8,9 +8,10 @@ from datetime import UTC, datetime
 from cryptography.x509 import Certificate
 
 from privacy.errors import Aborted
-from privacy.identity import Peer, Role, TrustStore, load_certificate, verify_signature
+from privacy.identity import Peer, Role, load_certificate, verify_signature
 from privacy.secagg import transcript as tr
 from privacy.secagg.messages import M1
+from privacy.trust import TrustStore
 from privacy.trust_files import WatchedTrust
 
 CheckCertificate = Callable[[bytes], Peer]

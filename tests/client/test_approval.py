@@ -15,8 +15,9 @@ from privacy import ca
 from privacy.canonical import canonical
 from privacy.contract import Contract
 from privacy.errors import CheckFailed, ConsiloError, Refused
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.signing import check_signature, code_digest, sign_contract
+from privacy.trust import TrustStore
 
 Make = Callable[..., Contract]
 POLICY = SitePolicy(approver="data protection officer")

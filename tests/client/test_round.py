@@ -20,7 +20,7 @@ from privacy import ca, stages
 from privacy.canonical import canonical
 from privacy.contract import Contract, load_contract
 from privacy.errors import Refused, SiteCode
-from privacy.identity import FileSigner, Peer, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Peer, Role, create_request
 from privacy.ledger import Ledger, check_extract
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
@@ -28,6 +28,7 @@ from privacy.secagg.messages import dump
 from privacy.secagg.peers import certificate_check
 from privacy.secagg.site import SiteSession
 from privacy.signing import Approval, code_digest
+from privacy.trust import TrustStore
 from strategies.adapter import AdapterSpec, adapter_digest, initial
 
 SPEC = AdapterSpec((("m.lora_A.weight", (2, 6)), ("m.lora_B.weight", (6, 2)), ("head.weight", (3, 6)), ("head.bias", (3,))),

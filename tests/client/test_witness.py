@@ -17,7 +17,7 @@ from privacy import ca
 from privacy.canonical import canonical, parse
 from privacy.errors import ConsiloError, SiteCode
 from privacy.files import FileLayer
-from privacy.identity import FileSigner, Role, TrustStore, create_request, load_certificate
+from privacy.identity import FileSigner, Role, create_request, load_certificate
 from privacy.ledger import Ledger
 from privacy.mechanism import DpMechanism
 from privacy.predicates import KINDS
@@ -25,6 +25,7 @@ from privacy.secagg.peers import certificate_check
 from privacy.stages import Checkpoint, Cosigned, Included
 from privacy.statements import make
 from privacy.transparency import EMPTY, Entry, Head, MerkleTree, open_checkpoint, open_witness, sign_checkpoint
+from privacy.trust import TrustStore
 
 RUN, OTHER_RUN, CONTRACT = "ab" * 16, "cd" * 16, "ef" * 32
 ROLES = {"hub": Role.COORDINATOR, "rival": Role.COORDINATOR, "clinic-a": Role.SITE, "clinic-b": Role.SITE,

@@ -27,16 +27,8 @@ from privacy.canonical import canonical, parse
 from privacy.control import MAX_ENROLMENT_BYTES
 from privacy.errors import ConsiloError, Refused, Unreachable, UsageError
 from privacy.files import FileLayer
-from privacy.identity import (
-    FileSigner,
-    Role,
-    TrustStore,
-    create_request,
-    fingerprint,
-    load_certificate,
-    load_key,
-    make_request,
-)
+from privacy.identity import FileSigner, Role, create_request, fingerprint, load_certificate, load_key, make_request
+from privacy.trust import TrustStore
 
 NAME, ORGANISATION = "hospital-x", "Hospital X"
 

@@ -21,8 +21,9 @@ from fl_client.training import LocalTrainer
 from fl_client.witness import Witness
 from privacy.canonical import parse
 from privacy.contract import load_contract
-from privacy.identity import FileSigner, Role, TrustStore
+from privacy.identity import FileSigner, Role
 from privacy.secagg.peers import certificate_check
+from privacy.trust import TrustStore
 
 POLICY = SitePolicy(approver="test", allow_non_private=True, max_epsilon=8.0)
 

@@ -21,9 +21,10 @@ from fl_server.fleet import FleetServer
 from fl_server.round import RoundDriver
 from privacy import ca
 from privacy.contract import Contract
-from privacy.identity import Role, TrustStore, create_request
+from privacy.identity import Role, create_request
 from privacy.secagg.encoding import Encoding as FixedPoint
 from privacy.secagg.peers import certificate_check
+from privacy.trust import TrustStore
 from strategies.adapter import initial
 from strategies.base import Round, after_training, segments
 from strategies.federate import federate

@@ -31,13 +31,14 @@ from privacy.ca_requests import read_request
 from privacy.canonical import canonical, digest, parse
 from privacy.contract import Contract, load_contract
 from privacy.errors import ConsiloError
-from privacy.identity import Role, TrustStore, key_pem, load_certificate, load_crl, load_key, read_subject
+from privacy.identity import Role, key_pem, load_certificate, load_key, read_subject
 from privacy.ledger import check_extract
 from privacy.ledger_records import V2, domain
 from privacy.report_extras import AttackExtra, AuditExtra
 from privacy.signing import check_signature, read_approval, sign_contract
 from privacy.statements import PAYLOAD_TYPE, open_envelope, seal
 from privacy.transparency import Head, open_checkpoint, open_witness, sign_checkpoint, sign_witness
+from privacy.trust import TrustStore, load_crl
 from privacy.verify import verify_bundle
 from tests.client import test_evidence as site
 from tests.privacy import evidence_fixture as evidence

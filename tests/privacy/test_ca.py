@@ -18,7 +18,8 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from privacy import ca, ca_cli, cli_edge, identity, statements
 from privacy.canonical import canonical, parse
 from privacy.errors import CheckFailed, Refused, RoundVoid, UsageError
-from privacy.identity import Role, TrustStore, create_request, fingerprint, load_certificate, load_key
+from privacy.identity import Role, create_request, fingerprint, load_certificate, load_key
+from privacy.trust import TrustStore
 
 NOW = datetime.now(UTC) + timedelta(hours=1)  # of collection: what the CA makes later must be valid by then
 

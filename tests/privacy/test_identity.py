@@ -13,7 +13,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from privacy import ca, identity
 from privacy.errors import ConsiloError, Refused, UsageError
-from privacy.identity import FileSigner, Role, TrustStore, create_request, fingerprint, load_certificate, load_key
+from privacy.identity import FileSigner, Role, create_request, fingerprint, load_certificate, load_key
+from privacy.trust import TrustStore
 
 NOW = datetime.now(UTC) + timedelta(hours=1)  # of collection: what the CA makes later must be valid by then
 PEM = serialization.Encoding.PEM
@@ -400,5 +401,5 @@ def test_planted_missing_chain_check_is_seen(consortium, other, monkeypatch, lin
             TrustStore(consortium.pem("root.pem"), [consortium.forge("root", names=unit).public_bytes(PEM)])
 
     assert code(Refused, attack) == expected
-    monkeypatch.setattr(identity, link, lambda *_args, **_kwargs: True)
+    monkeypatch.setattr(f"privacy.trust.{link}", lambda *_args, **_kwargs: True)
     attack()

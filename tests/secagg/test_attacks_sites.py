@@ -18,12 +18,13 @@ from secagg_kit import DIM, Scene, added, flipped, forged_certificate, left_out,
 from fl_client.journal import SiteJournal
 from privacy import ca
 from privacy.errors import Aborted, ConsiloError
-from privacy.identity import FileSigner, Role, TrustStore, fingerprint
+from privacy.identity import FileSigner, Role, fingerprint
 from privacy.secagg import hybrid, peers, shamir
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import M1, M2, M3, M9, M3Body, dump, load
 from privacy.secagg.site import SECRET, SiteSession
+from privacy.trust import TrustStore
 from simulations.adversary import Consortium, Played, play
 
 

@@ -11,11 +11,12 @@ from secagg_kit import DIM, Change, Scene, edit, flipped, forged_certificate, le
 
 from privacy import ca
 from privacy.errors import Aborted, ConsiloError, Refused
-from privacy.identity import Peer, Role, TrustStore, create_request, fingerprint, load_certificate
+from privacy.identity import Peer, Role, create_request, fingerprint, load_certificate
 from privacy.secagg import hybrid, peers
 from privacy.secagg import transcript as tr
 from privacy.secagg.coordinator import CoordinatorSession
 from privacy.secagg.messages import M1, M2, dump, load
+from privacy.trust import TrustStore
 from simulations.adversary import Consortium
 
 KEY = hybrid.HybridKey().public

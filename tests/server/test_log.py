@@ -23,9 +23,10 @@ from privacy.canonical import canonical, parse
 from privacy.contract import Contract, load_contract, validate
 from privacy.errors import CheckFailed, ConsiloError, Refused, SiteCode
 from privacy.files import FileLayer
-from privacy.identity import FileSigner, Role, TrustStore, create_request
+from privacy.identity import FileSigner, Role, create_request
 from privacy.secagg.peers import certificate_check
 from privacy.transparency import Entry, Frontier, Head, MerkleTree, open_checkpoint, open_witness, sign_witness
+from privacy.trust import TrustStore
 from simulations.inprocess import InProcessGrid
 
 RUN, OTHER_RUN = "ab" * 16, "cd" * 16
