@@ -28,12 +28,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError
+from google.protobuf.message import DecodeError
 
 from fl_server.fleet_guard import MAX_OBJECTS, FleetGuard
 from privacy.errors import Unreachable
 
 TTL_S = 12 * 3600.0  # the exchange withdraws messages long before
-BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError)
+BAD_OBJECT = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, RecursionError, DecodeError)
 
 
 class EmbeddedGrid(Grid):  # type: ignore[misc]

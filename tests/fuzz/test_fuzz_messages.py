@@ -18,10 +18,11 @@ from fuzz_kit import CANARY, LONG, TIMES, Target, bounded, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fl_client import link
 from fl_client.app import DTYPES, STYPE, StageRefused, to_note
 from fl_client.frames import MAX_HEADER, Peer
-from fl_client.link import BAD_OBJECT, _inflate, get_all_nested_objects
 from fl_client.round import _load
+from fl_server import fleet_grid
 from fl_server.exchange import MALFORMED, read_answer
 from privacy import stages
 from privacy.canonical import canonical, parse
@@ -135,20 +136,24 @@ def test_flower_messages(times: int) -> None:
 
 @TIMES
 def test_objects_of_a_message(times: int) -> None:
-    """What a coordinator hands out as the parts of a message: a message is made of them, or one of the errors that the link
-    takes for "no message"."""
+    """What the other side hands over as the parts of a message: a message is made of them, or one of the errors that are
+    taken for "no message"."""
     record = ArrayRecord({name: Array(np.arange(6, dtype=np.float32)) for name in ("a", "b")})
     metadata = Metadata(run_id=1, message_id="", src_node_id=1, dst_node_id=2, reply_to_message_id="", group_id="1",
                         created_at=0.0, ttl=60.0, message_type="train.update", src_task_id=1)
     message = Message(content=RecordDict({"c": ConfigRecord({"body": b"{}"}), "arrays": record}), metadata=metadata)
-    good = {key: part.deflate() for key, part in get_all_nested_objects(message).items()}
+    good = {key: part.deflate() for key, part in link.get_all_nested_objects(message).items()}
 
     def read(key: str) -> Callable[[bytes], object]:
         def parser(data: bytes) -> object:
-            try:
-                return _inflate(message.object_id, good | {key: data})
-            except BAD_OBJECT as e:
-                return e  # the link says no more than that it is no message
+            made = []
+            for side in (link, fleet_grid):
+                try:
+                    made.append(side._inflate(message.object_id, good | {key: data}))
+                except side.BAD_OBJECT as e:
+                    made.append(e)  # neither side says more than that it is no message
+            assert type(made[0]) is type(made[1])
+            return made[0]
 
         return parser
 

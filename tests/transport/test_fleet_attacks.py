@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,43 +361,54 @@ def blob(kind: str, children: list[str], body: bytes) -> bytes:
     return f"{kind} {','.join(children)} {len(body)}".encode() + b"\x00" + body
 
 
-@pytest.mark.parametrize("times", [2**40, 100_000], ids=["not a list", "bomb"])
-def test_an_array_that_grows_a_thousandfold(fleet: FleetServer, pki: Pki, exchange: Exchange, times: int) -> None:
-    """A few bytes that name one chunk many times, so that the coordinator builds gigabytes of it."""
+def answered(fleet: FleetServer, pki: Pki, exchange: Exchange, *parts: Callable[[str], bytes]) -> Answer:
+    """What comes of a reply whose objects are a chain, each made with the id of the one before; last a RecordDict."""
     a = Attacker(fleet, pki, "a")
     a.activate()
     thread, answers = asking(exchange, 3.0, a=Note(b"{}"))
     asked, _ = a.pull()
-    parts: dict[str, bytes] = {}
-
-    def add(content: bytes) -> str:
-        parts[get_object_id(content)] = content
-        return get_object_id(content)
-
-    chunk = add(blob("ArrayChunk", [], bytes(2**20)))
-    ids: Any = times if times > 2**30 else [0] * times
-    array = add(blob("Array", [chunk], json.dumps(
-        {"dtype": "float32", "shape": [1], "stype": "consilo.le", "arraychunk_ids": ids}).encode()))
-    record = add(blob("ArrayRecord", [array], json.dumps({"w": array}).encode()))
-    content = add(blob("RecordDict", [record], json.dumps({"arrays": record}).encode()))
-    reply = Message(RecordDict(), reply_to=asked)
-    root = add(blob("Message", [content], reply.deflate().partition(b"\x00")[2]))
-    tree = ObjectTree(object_id=root)
-    for object_id in (content, record, array, chunk):  # a chain: each the only child of the one before
-        at = tree
-        while at.children:
-            at = at.children[0]
-        at.children.append(ObjectTree(object_id=object_id))
+    reply, contents, inner = Message(RecordDict(), reply_to=asked), dict[str, bytes](), ""
+    for part in (*parts, lambda child: blob("Message", [child], reply.deflate().partition(b"\x00")[2])):
+        content = part(inner)
+        inner = get_object_id(content)
+        contents[inner] = content
+    tree = ObjectTree()
+    at = tree
+    for object_id in reversed(contents):
+        at.object_id = object_id
+        last, at = at, at.children.add()
+    del last.children[:]
     envelope = message_to_proto(reply)
-    envelope.metadata.message_id = root
+    envelope.metadata.message_id = inner
     todo = a.http.PushMessages(PushMessagesRequest(node=a.node, messages_list=[envelope], message_object_trees=[tree],
                                                    clientapp_runtime_list=[0.0]))
     for object_id in todo.objects_to_push:
         assert a.http.PushObject(PushObjectRequest(
-            node=a.node, run_id=asked.metadata.run_id, object_id=object_id, object_content=parts[object_id],
+            node=a.node, run_id=asked.metadata.run_id, object_id=object_id, object_content=contents[object_id],
             session_id=todo.session_id)).stored
     thread.join()
-    assert answers["a"] == Answer(None, MALFORMED)
+    return answers["a"]
+
+
+def named(kind: str, name: str) -> Callable[[str], bytes]:
+    return lambda child: blob(kind, [child], json.dumps({name: child}).encode())
+
+
+@pytest.mark.parametrize("times", [2**40, 100_000], ids=["not a list", "bomb"])
+def test_an_array_that_grows_a_thousandfold(fleet: FleetServer, pki: Pki, exchange: Exchange, times: int) -> None:
+    """A few bytes that name one chunk many times, so that the coordinator builds gigabytes of it."""
+    ids: Any = times if times > 2**30 else [0] * times
+    array = json.dumps({"dtype": "float32", "shape": [1], "stype": "consilo.le", "arraychunk_ids": ids}).encode()
+    assert answered(
+        fleet, pki, exchange, lambda _: blob("ArrayChunk", [], bytes(2**20)), lambda chunk: blob("Array", [chunk], array),
+        named("ArrayRecord", "w"), named("RecordDict", "arrays")) == Answer(None, MALFORMED)
+
+
+@pytest.mark.parametrize("kind", ["ConfigRecord", "MetricRecord"])
+def test_a_record_that_no_one_can_read(fleet: FleetServer, pki: Pki, exchange: Exchange, kind: str) -> None:
+    """Protobuf's error is of its own kind; it must not end the run."""
+    assert answered(fleet, pki, exchange, lambda _: blob(kind, [], b"\x01\x0c\xff"), named("RecordDict", "c")) == Answer(
+        None, MALFORMED)
 
 
 # What a coordinator may not do to a site
