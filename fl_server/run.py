@@ -16,23 +16,22 @@ from typing import Any
 
 from cryptography.x509 import Certificate
 
-from fl_server.attempt import Deadlines, Done, statement, void
+from fl_server.attempt import Deadlines, Done, void
 from fl_server.evaluation import PublicSplit, Score
-from fl_server.exchange import MALFORMED, UNREACHABLE, Exchange, Note
+from fl_server.exchange import Exchange
 from fl_server.journal import RunJournal, read_events
 from fl_server.log import TransparencyLog
 from fl_server.model_card import write_card
 from fl_server.recovery import Position, recover, save_state
+from fl_server.roll_call import RollCall
 from fl_server.round import RoundDriver
 from fl_server.witnessing import Stated, Witnessing
-from privacy import stages
 from privacy.bundle import BundleWriter
-from privacy.canonical import decimal, parse
-from privacy.contract import Contract, validate
-from privacy.errors import CheckFailed, ConsiloError, RoundVoid
+from privacy.canonical import decimal
+from privacy.contract import Contract
+from privacy.errors import ConsiloError, RoundVoid
 from privacy.identity import Signer
-from privacy.ledger import check_extract
-from privacy.predicates import KINDS, Acceptance, Closing, Refusal
+from privacy.predicates import KINDS
 from privacy.secagg.peers import CheckCertificate
 from privacy.statements import make
 from strategies.adapter import Tensors, adapter_digest, initial
@@ -42,7 +41,6 @@ from strategies.optimizers import stepped
 from strategies.rules import rule
 
 INTERRUPTED = "run.interrupted"  # reason of an attempt that was under way when the coordinator was killed
-TRIES = 3  # to get a site's acceptance, or its closing statement
 KEPT_ROUNDS = 3  # adapters of older rounds are deleted; their digests stay in the journal
 Progress = Callable[[dict[str, Any]], None]
 
@@ -74,20 +72,20 @@ class Run:
                  signed: tuple[str, bytes], folder: Path, deadlines: Deadlines, check_certificate: CheckCertificate,
                  certificates: Mapping[str, Certificate], evaluate_every: int, progress: Progress) -> None:
         self.contract, self._model, self._base_name, self._split = contract, model, base_name, split
-        self._exchange, self._signer, self._bundle, self._folder = exchange, signer, bundle, folder
-        self._deadlines, self._certificates, self._progress = deadlines, certificates, progress
-        self._evaluate_every, self._name = evaluate_every, name
+        self._signer, self._bundle, self._folder = signer, bundle, folder
+        self._progress, self._evaluate_every, self._name = progress, evaluate_every, name
         self._rule = rule(contract.rule.name, secure=contract.secagg.enabled)
         self._spec = model.spec(self._rule.trains)
         self._driver = RoundDriver(contract, self._spec, exchange, deadlines=deadlines,
                                    check_certificate=check_certificate, certificates=certificates)
         self._witnessing = Witnessing(log, bundle, exchange, contract, signer=signer, certificates=certificates,
                                       deadline_s=deadlines.stage_s)
+        self._sites = RollCall(contract, exchange, bundle, self._witnessing, certificates=certificates,
+                               deadline_s=deadlines.stage_s, keep=self._keep)
         self._stated: list[Stated] = bundle.statements()  # not in the log yet, as far as is known
         if not self._stated:
             self._keep("contract", *signed)
         self._journal = RunJournal(folder / "journal.jsonl")
-        self._names = [s.name for s in contract.sites]
         self._seconds: dict[str, float] = {}
 
     def run(self) -> Result:
@@ -97,7 +95,7 @@ class Run:
         at, last = self._begin(), self.contract.privacy.rounds
         before = after = self._score(0, initial(self._spec, self.contract.lora.seed), at)
         try:
-            self._accept(at)
+            self._sites.accept(at.lineages)
             self._publish()
             self._progress({"event": "start", "metrics": before.values, "done": at.done})
             if at.done:
@@ -127,7 +125,9 @@ class Run:
         try:
             if at.done:
                 self._release(at.adapter, at.done, before, after)
-            epsilon, silent = self._close()
+            epsilon, silent = self._sites.close()
+            for name, reason in silent.items():
+                self._progress({"event": "silent", "site": name, "reason": reason})
             self._publish(without=silent)
             self._bundle.seal(self._signer)
             self._journal.write("end", outcome=outcome)
@@ -151,26 +151,6 @@ class Run:
         if at.torn:
             self._void(at.done + 1, at, INTERRUPTED)
         return at
-
-    def _accept(self, at: Position) -> None:
-        """Every site states that it accepted this contract, once. Raises RoundVoid with the code of the first that
-        doesn't."""
-        for name, lineage in at.lineages.items():
-            self._witnessing.accepted(name, lineage)
-        if at.lineages:
-            return
-        bad = self._query("accept", self._take_acceptance)
-        if bad:
-            raise void(bad[min(bad)], bad)
-
-    def _take_acceptance(self, name: str, body: bytes) -> None:
-        envelope = validate(stages.Acceptance, parse(body)).statement.encode()
-        said = statement(Acceptance, envelope, self._certificates[name])
-        if (said.site, said.run, said.contract, said.code) != (
-                name, self.contract.run, self.contract.digest, self.contract.code):
-            raise CheckFailed("round.statement", "An acceptance is about another contract, or other code.", "Ask that site.")
-        self._witnessing.accepted(name, said.lineage)
-        self._keep("acceptance", name, envelope)
 
     def _attempts(self, round_no: int, at: Position) -> Done:
         """Attempts of one round until one is done. Raises the last RoundVoid when no retry is left."""
@@ -232,59 +212,6 @@ class Run:
             "adapter": adapter_digest(adapter), "rounds": rounds, "metric_name": name,
             "metric_before": decimal(before.values[name]), "metric_after": decimal(after.values[name]),
             "split": self._split.name, "units": after.units})
-
-    def _close(self) -> tuple[dict[str, str], list[str]]:
-        """Closing statements and ledgers of the sites that still answer; epsilon by site, as they claim it, and the sites
-        that don't answer."""
-        epsilon: dict[str, str] = {}
-
-        def take(name: str, body: bytes) -> None:
-            closed = validate(stages.Closed, parse(body))
-            for envelope in closed.refusals:
-                self._take_refusal(name, envelope.encode())
-            if self.contract.privacy.trust != "none":
-                epsilon[name] = self._take_closing(name, closed)
-
-        silent = self._query("closing", take)
-        for name, reason in silent.items():
-            self._progress({"event": "silent", "site": name, "reason": reason})
-        return epsilon, list(silent)
-
-    def _take_refusal(self, name: str, envelope: bytes) -> None:
-        said = statement(Refusal, envelope, self._certificates[name])
-        if (said.site, said.run, said.contract) != (name, self.contract.run, self.contract.digest):
-            raise CheckFailed("round.statement", "A refusal is about something else than this run.", "Ask that site.")
-        self._keep("refusal", name, envelope)
-
-    def _take_closing(self, name: str, closed: stages.Closed) -> str:
-        """Keep a site's closing statement and ledger if they belong together; returns the epsilon that it claims."""
-        certificate, ledger = self._certificates[name], closed.ledger.encode()
-        said, head = statement(Closing, closed.statement.encode(), certificate), check_extract(ledger, certificate).head
-        if (said.site, said.run, said.contract, said.ledger_seq, said.ledger_head) != (
-                name, self.contract.run, self.contract.digest, head.seq, head.hash):
-            raise CheckFailed("round.statement", "A closing statement and its ledger don't fit.", "Ask that site.")
-        self._bundle.add_ledger(name, ledger)  # first: a statement can't be taken back
-        self._keep("closing", name, closed.statement.encode())
-        return said.epsilon
-
-    def _query(self, stage: str, take: Callable[[str, bytes], None]) -> dict[str, str]:
-        """Ask every site, and again those whose answer was lost or wasn't good. Returns the codes of the rest."""
-        note, bad = Note(stages.dump(stages.Ask(contract=self.contract.digest))), dict.fromkeys(self._names, UNREACHABLE)
-        for attempt in range(TRIES):
-            todo = [name for name in bad if not attempt or name in self._exchange.online()]
-            answers = self._exchange.ask(stage, dict.fromkeys(todo, note), deadline_s=self._deadlines.stage_s)
-            for name, answer in answers.items():
-                try:
-                    if answer.note is not None:
-                        take(name, answer.note.body)
-                        del bad[name]
-                    else:
-                        bad[name] = answer.code or MALFORMED
-                except ConsiloError as e:
-                    bad[name] = e.code
-            if not bad:
-                break
-        return bad
 
     def _state(self, kind: str, subject: tuple[str, str], predicate: dict[str, Any]) -> None:
         common = {"run": self.contract.run, "contract": self.contract.digest}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import fl_client.round as round_module
+import fl_server.roll_call
 import fl_server.run
 import privacy.files
 import privacy.secagg.site as site_module
@@ -308,7 +309,7 @@ def one_site_more(patch: pytest.MonkeyPatch) -> None:
 
     def stated(self: Any, kind: str, subject: Any, predicate: Any) -> None:
         if kind == "round" and predicate["outcome"] == "done":
-            predicate = {**predicate, "sites": sorted({*predicate["sites"], *self._names})}
+            predicate = {**predicate, "sites": sorted({*predicate["sites"], *(s.name for s in self.contract.sites)})}
         state(self, kind, subject, predicate)
 
     patch.setattr(fl_server.run.Run, "_state", stated)
@@ -359,6 +360,6 @@ def torn_creation(patch: pytest.MonkeyPatch) -> None:
 
 def asked_once(patch: pytest.MonkeyPatch) -> None:
     """A site whose closing statement was lost signs the log's last head all the same."""
-    patch.setattr(fl_server.run, "TRIES", 1)
+    patch.setattr(fl_server.roll_call, "TRIES", 1)
     publish = fl_server.run.Run._publish
     patch.setattr(fl_server.run.Run, "_publish", lambda self, *, without=(): publish(self))
