@@ -16,6 +16,7 @@ from typing import Any
 from conf.settings import Settings
 from simulations.chaos_parts import Consortium
 from simulations.chaos_plan import Plan
+from simulations.chaos_run import play
 from simulations.chaos_watch import Violation
 from simulations.chaos_world import VARIANTS, Played, World, playing
 
@@ -72,7 +73,7 @@ class Player:
         n, fixed = chance.choice(COHORTS), {o.lstrip("+~").partition("=")[0] for o in self._overrides}
         world = World(self._consortium, folder, plan, self._variant(variant), n, fixed)
         with playing(world):
-            return world.play()
+            return play(world)
 
     def shrink(self, history: int, played: Played, rule: str) -> list[str]:
         """Fewer faults under which the same rule is violated: halves are left out, then quarters, then single ones."""

@@ -29,9 +29,6 @@ ERRORS = {"full": errno.ENOSPC, "eio": errno.EIO}
 DATETIME = ("privacy.contract", "privacy.signing", "privacy.secagg.peers")
 
 
-
-
-
 class Crash(BaseException):
     """A process ends here, without a chance to do anything more."""
 
