@@ -13,6 +13,7 @@ import socket
 import ssl
 import threading
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -39,6 +40,7 @@ from privacy.errors import Unreachable, UsageError
 from privacy.files import read_private
 
 logging.getLogger("flwr").setLevel(logging.CRITICAL)  # it writes a line a message to stdout, peers' words included
+SSLProtocol.max_size = 32 * 1024  # asyncio keeps a buffer of it for each connection (else 256 KiB); an agent has about six
 
 IN_MEMORY = ":flwr-in-memory:"
 GRACE_S = 0.5  # for answers that are under way when the listener stops

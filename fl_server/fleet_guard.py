@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from anyio.to_thread import current_default_thread_limiter
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
@@ -26,6 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_REQUEST_BYTES = 8 * 2**20  # one array chunk of 5 MiB, or an inline body of 4 MiB
 MAX_OBJECTS = 256  # of one message: 5 MiB chunks of at most 512 MiB, and what holds them
+WORKERS = 8  # threads of Flower's handlers; each holds copies of a request, and they take turns anyway
 HOLD_S = 20.0  # below the idle timeouts of usual proxies
 
 _FLEET = "/v1/fleet/"
@@ -118,6 +120,8 @@ class FleetGuard:
             self._loop.call_soon_threadsafe(callback, *args)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._loop is None:
+            current_default_thread_limiter().total_tokens = WORKERS
         self._loop = asyncio.get_running_loop()
         path, state = scope["path"], scope["state"]
         request = state.get("protobuf_request")

@@ -42,13 +42,13 @@ PARTS = (
     Part("secagg", "Secure aggregation", "secagg --sites 16 --dim 1000000 --drop 2",
          "secagg --sites 4 --dim 1000 --drop 1 --repeats 1"),
     Part("round", "A whole round over mutual TLS", "round --sites 4 --dim 1000000 --rounds 5"),
-    Part("dp-step minilm", "A private step: MiniLM", "dp-step --model minilm --repeats 9"),
-    Part("dp-step llama-like", "A private step: four Llama layers", "dp-step --model llama-like --repeats 25"),
+    Part("dp-step minilm", "A private step: MiniLM", "dp-step --model minilm --repeats 7"),
+    Part("dp-step llama-like", "A private step: four Llama layers", "dp-step --model llama-like --repeats 15"),
     Part("dp-step smollm2", "A private step: SmolLM2-135M", "dp-step --model smollm2 --repeats 3"),
     Part("strategies", "Aggregation rules on skewed silos", "strategies --seeds 1"),
     Part("scale", "Coordinator with 64 sites", "scale --sites 64 --dim 1000000", "scale --sites 3 --dim 100"),
-    Part("scale network", "The same over mutual TLS", "scale --sites 64 --dim 1000000 --network"),
-    Part("nvflare", "NVFlare's simulator", "nvflare --sites 8 --dim 1000000", "nvflare --sites 2 --dim 100 --rounds 1"),
+    Part("scale network", "The same over mutual TLS", "scale --sites 64 --dim 100000 --network"),
+    Part("nvflare", "NVFlare's simulator", "nvflare --sites 8 --dim 100000", "nvflare --sites 2 --dim 100 --rounds 1"),
     Part("growth", "Growth with sites, parameters and rounds", "growth", "growth --quick"),
 )
 
