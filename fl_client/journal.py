@@ -71,15 +71,19 @@ class SiteJournal:
         """Durable before it leaves: what this site signed, for its own evidence."""
         self._append({"event": "stated", "kind": kind, "envelope": envelope})
 
+    def require_usable(self) -> None:
+        """Raises Refused `journal.unusable`: what isn't written down can't be sent, so nothing should be spent on it."""
+        if self._fd < 0:
+            raise Refused("journal.unusable", "The site's journal is closed, or its last write failed.",
+                          "Repair the disk, then start the agent again.")
+
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
 
     def _append(self, event: dict[str, str | int]) -> None:
-        if self._fd < 0:
-            raise Refused("journal.unusable", "The site's journal is closed, or its last write failed.",
-                          "Repair the disk, then start the agent again.")
+        self.require_usable()
         try:
             self._files.append(self._fd, canonical(event) + b"\n")
             self._remember(event)

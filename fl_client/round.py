@@ -86,6 +86,7 @@ class SiteRound:
         self._compare(got, self._sending.offer(round_, got.attempt))
         if got.slot <= self._journal.last(got.run):
             raise StageRefused(SiteCode.STALE_ROUND)
+        self._journal.require_usable()
         if self._attempts() >= self.contract.privacy.rounds + self.contract.privacy.retries:
             raise StageRefused(SiteCode.BUDGET)
         if self._ledger is None and self._journal.spent_from(got.adapter):

@@ -224,6 +224,16 @@ def test_restart_between_reserve_and_send_stays_spent(site: Site) -> None:
     assert site.trainer.rounds == 0
 
 
+@pytest.mark.case(25)
+def test_a_journal_that_can_not_be_written_costs_no_budget(site: Site) -> None:
+    """What is trained then could never be sent."""
+    site.journal.close()
+    assert site.refusal(site.offer()) is SiteCode.FAILED
+    assert (site.trainer.rounds, site.ledger.summary().reserves) == (0, ())  # type: ignore[union-attr]
+    site.restart()
+    site.update(site.offer())
+
+
 def test_a_step_that_runs_out_of_memory_stays_spent(site: Site) -> None:
     """The coordinator hears a code; the mend stays at the site; the next attempt is another charge."""
     def over(adapter: Any, round_no: int) -> Any:
