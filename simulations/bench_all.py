@@ -45,7 +45,8 @@ PARTS = (
     Part("dp-step minilm", "A private step: MiniLM", "dp-step --model minilm --repeats 7"),
     Part("dp-step llama-like", "A private step: four Llama layers", "dp-step --model llama-like --repeats 15"),
     Part("dp-step smollm2", "A private step: SmolLM2-135M", "dp-step --model smollm2 --repeats 3"),
-    Part("strategies", "Aggregation rules on skewed silos", "strategies --seeds 1"),
+    Part("strategies", "Aggregation rules on skewed silos",
+         "strategies --rule fedit --rule ffa --rule exact --rule flora --seeds 3"),
     Part("scale", "Coordinator with 64 sites", "scale --sites 64 --dim 1000000", "scale --sites 3 --dim 100"),
     Part("scale network", "The same over mutual TLS", "scale --sites 64 --dim 100000 --network"),
     Part("nvflare", "NVFlare's simulator", "nvflare --sites 8 --dim 100000", "nvflare --sites 2 --dim 100 --rounds 1"),
@@ -93,7 +94,7 @@ def _run(part: Part, quick: bool, nvflare: str | None) -> dict[str, Any]:
 
 def _last_line(words: Sequence[str], variables: dict[str, str]) -> tuple[int, dict[str, Any] | None]:
     done = subprocess.run([sys.executable, "-P", "-m", "simulations.cli", *words], stdout=subprocess.PIPE, text=True,
-                          env={**os.environ, **variables}, check=False)
+                          env={**os.environ, "PYTHONWARNINGS": "ignore", **variables}, check=False)
     lines = done.stdout.splitlines()
     try:
         last = json.loads(lines[-1])
