@@ -20,7 +20,7 @@ from anyio.to_thread import current_default_thread_limiter
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import is_valid_sha256_hash, iterate_object_tree
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -169,7 +169,10 @@ class FleetGuard:
             return (len(messages) == len(trees) == 1
                     and messages[0].metadata.src_node_id == request.node.node_id
                     and messages[0].metadata.message_id == trees[0].object_id
-                    and sum(1 for _ in iterate_object_tree(trees[0])) <= MAX_OBJECTS)
+                    and len(names := [item.object_id for item in iterate_object_tree(trees[0])]) <= MAX_OBJECTS
+                    and all(is_valid_sha256_hash(name) for name in names))
+        if path == PUSH_OBJECT:
+            return bool(is_valid_sha256_hash(request.object_id))
         if path == PULL_OBJECT:
             return request.object_id in self._offered.get(request.node.node_id, ())
         return True

@@ -52,9 +52,7 @@ def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str,
     contract = load_contract(read_file(Path(server.contract)))
     if resume and sealed(Path(server.out)):
         return finish(contract, Path(server.out), ca=TrustStore.load(trust).fingerprint)
-    roster = {e.name: e for e in verify_roster(read_file(Path(server.roster)), TrustStore.load(trust))}
-    signers = site_certificates(contract, roster)
-    nodes = {name: roster[name].tls.public_bytes(Encoding.PEM) for name in signers}
+    signers, nodes = _cohort(contract, Path(server.roster), trust)
     crl = trust / "crl-site.pem"
     with Reporter(plain=plain) as report, FleetServer(
             host=server.host, port=server.port, certificate=certificates / "tls.pem", key=keys / "tls.key",
@@ -77,6 +75,14 @@ def serve(settings: Settings, *, plain: bool, resume: bool = False) -> dict[str,
     FileLayer().write_atomic(folder / METRICS, canonical(metrics) + b"\n")
     write_report(folder / "evidence", folder, ca=TrustStore.load(trust).fingerprint)
     return metrics
+
+
+def _cohort(contract: Contract, roster: Path, trust: Path) -> tuple[dict[str, Certificate], dict[str, bytes]]:
+    """Of the contract's sites, by name: certificates to sign with, and PEM of those for TLS. The rest of a large roster is
+    not kept."""
+    entries = {e.name: e for e in verify_roster(read_file(roster), TrustStore.load(trust))}
+    signers = site_certificates(contract, entries)
+    return signers, {name: entries[name].tls.public_bytes(Encoding.PEM) for name in signers}
 
 
 def _admits(trust: WatchedTrust) -> Callable[[Certificate], bool]:

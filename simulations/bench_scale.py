@@ -32,6 +32,7 @@ from fl_client.link_tls import coordinator_check
 from fl_client.policy import accept
 from fl_client.round import SiteRound
 from fl_client.witness import Witness
+from fl_server.assemble import site_certificates
 from fl_server.attempt import Deadlines
 from fl_server.exchange import Exchange
 from fl_server.fleet import FleetServer
@@ -111,9 +112,8 @@ def measured(sites: int, dim: int, network: bool) -> dict[str, Any]:
 def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
     """The coordinator process. What was measured goes to stdout, each group's last mean to a file."""
     trust, cpu, wall = folder / "ca", 0.0, 0.0
-    roster = {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust)) if e.role is Role.SITE}
     check = certificate_check(TrustStore.load(trust))
-    with _fleet(folder, roster) if network else nullcontext() as fleet:
+    with _fleet(folder, _roster(trust)) if network else nullcontext() as fleet:
         idle = resident("VmRSS")
         for i in range(count):
             contract = load_contract(read_file(folder / f"group-{i}.json"))
@@ -123,7 +123,7 @@ def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
                 if missing := set(names) - exchange.wait_online(names, WAIT_S):
                     raise Unreachable("run.sites_missing", f"{len(missing)} sites aren't online.", "Their errors are above.")
                 driver = RoundDriver(contract, Drawn(0, dim).spec, exchange, deadlines=Deadlines(WAIT_S, WAIT_S),
-                                     check_certificate=check, certificates={n: roster[n].sign for n in names})
+                                     check_certificate=check, certificates=site_certificates(contract, _roster(trust)))
                 started, began = time.process_time(), time.perf_counter()
                 for no in range(1, ROUNDS + 1):
                     done = driver.attempt(no, 0, _adapter(dim, no))
@@ -131,6 +131,10 @@ def coordinate(folder: Path, count: int, dim: int, network: bool) -> None:
             done.change[UPDATE].tofile(folder / f"mean-{i}")
         peak = resident("VmHWM")
     sys.stdout.write(json.dumps({"peak_bytes": peak, "idle_bytes": idle, "cpu_s": cpu, "wall_s": wall}))
+
+
+def _roster(trust: Path) -> dict[str, ca.RosterEntry]:
+    return {e.name: e for e in ca.verify_roster(ca.roster(trust), TrustStore.load(trust)) if e.role is Role.SITE}
 
 
 def serve(folder: Path, group: int, port: int, dim: int) -> None:
