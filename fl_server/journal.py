@@ -44,7 +44,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             event = parse(line)
         except UsageError:
             event = None
-        if not isinstance(event, dict) or event.get("event") not in EVENTS:
+        if not isinstance(event, dict) or str(event.get("event")) not in EVENTS:
             raise _broken(path)
         out.append(event)
     return out

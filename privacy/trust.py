@@ -164,7 +164,10 @@ def _issued_by(cert: x509.Certificate, ca: x509.Certificate) -> bool:
 def _signed_crl(crl: x509.CertificateRevocationList, ca: x509.Certificate) -> bool:
     key_usage = _extension(ca, x509.KeyUsage)
     key = public_key(ca)
-    return bool(crl.issuer == ca.subject and key_usage and key_usage.crl_sign and crl.is_signature_valid(key))
+    try:
+        return bool(crl.issuer == ca.subject and key_usage and key_usage.crl_sign and crl.is_signature_valid(key))
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # parsed only now
+        return False
 
 
 def _is_ca(cert: x509.Certificate, path_length: int | None = None) -> bool:

@@ -166,11 +166,16 @@ def witness(facts: SiteFacts, found: Findings) -> str:
     found.expect("witness/witness-conflict.json" not in facts.raw.files,
                  "this site holds a proof of a changed history: a coordinator's two heads, or its own older ledger")
     heads = parse(facts.raw.files["witness/witness.json"]) if "witness/witness.json" in facts.raw.files else {}
+    try:
+        seen = [(log, kept["certificate"].encode(), kept["checkpoint"].encode(), kept["head"])
+                for log, kept in sorted(heads.items())]
+    except (AttributeError, KeyError, TypeError) as e:
+        raise CheckFailed("bundle.layout", "witness.json isn't of the documented form.", "Export the bundle again.") from e
     names = []
-    for log, kept in sorted(heads.items()):
-        signer = peer_of(facts.trust, load_certificate(kept["certificate"].encode()), Role.COORDINATOR)
-        head = open_checkpoint(kept["checkpoint"].encode(), {signer.fingerprint: signer.certificate})
-        found.expect((head.log, signer.name) == (log, log) and head.model_dump() == kept["head"],
+    for log, certificate, checkpoint, claimed in seen:
+        signer = peer_of(facts.trust, load_certificate(certificate), Role.COORDINATOR)
+        head = open_checkpoint(checkpoint, {signer.fingerprint: signer.certificate})
+        found.expect((head.log, signer.name) == (log, log) and head.model_dump() == claimed,
                      "a head that the site saw is of another log, or isn't what was signed")
         names.append(f"{signer.name} at {head.size} entries")
     return f"last heads seen: {', '.join(names) or 'none'}"

@@ -203,6 +203,20 @@ def test_honest_documents_are_read(targets: dict[str, Target]) -> None:
     assert isinstance(holds(targets["contract"], targets["contract"].examples[0]), Contract)
 
 
+def test_what_longer_runs_found(targets: dict[str, Target], world: tuple[evidence.Consortium, Path, Path]) -> None:
+    """An event that is an object, and a revocation list whose issuer is read only when it is compared."""
+    for name in ("run journal", "run status"):
+        for event in ("{}", "[]"):
+            data = targets[name].examples[0].replace(b'"event":"run"', b'"event":' + event.encode())
+            assert isinstance(holds(targets[name], data), ConsiloError)
+    pem = sorted((world[0].folder / "ca").glob("crl-*.pem"))[0].read_text()
+    der = base64.b64decode("".join(pem.splitlines()[1:-1]))
+    broken = base64.encodebytes(der.replace(b"Test consortium", b"Tes\xde consortium"))
+    assert der != base64.b64decode(broken)
+    data = b"-----BEGIN X509 CRL-----\n" + broken + b"-----END X509 CRL-----\n"
+    assert isinstance(holds(targets["revocation list"], data), ConsiloError)
+
+
 @TIMES
 def test_bundles(times: int, world: tuple[evidence.Consortium, Path, Path]) -> None:
     """A bundle with one file changed, sealed again by the coordinator: a verdict, never PASS, and no step of the verifier
