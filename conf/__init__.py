@@ -33,7 +33,7 @@ def load_settings(overrides: Sequence[str] = ()) -> Settings:
     try:
         with initialize_config_module("conf", version_base="1.3"):
             value = OmegaConf.to_container(compose("config", [_open(o) for o in overrides]), resolve=False)
-    except (HydraException, ValueError, OSError, TypeError, AttributeError, KeyError) as e:  # a group that is a number
+    except (HydraException, ValueError, OSError, TypeError, AttributeError, KeyError) as e:  # all of hydra's
         raise _override(e, overrides) from e
     _refuse_code(value)
     return validate(Settings, value)

@@ -54,7 +54,7 @@ class RollCall:
             if self._contract.privacy.trust != "none":
                 epsilon[name] = self._take_closing(name, closed)
 
-        silent = self._ask("closing", take)
+        silent = self._ask("closing", take)  # which fills epsilon
         return epsilon, silent
 
     def _take_acceptance(self, name: str, body: bytes) -> None:
